@@ -49,8 +49,8 @@ class InputError(CPDError, ValueError):
 class UnknownName(InputError):
     """No entry of that name on a shelf.
 
-    ``kind`` says which shelf ("loss"), ``name`` what was asked for, ``valid`` what there is. The text
-    lists the valid names, sorted, and offers the nearest one where one is near.
+    ``kind`` says which shelf ("loss"), ``name`` what was asked for, ``valid`` what there is. The
+    text lists the valid names, sorted, and offers the nearest one where one is near.
     """
 
     def __init__(self, kind: str, name: object, valid: Iterable[str]) -> None:
@@ -73,8 +73,8 @@ class TraceError(CPDError):
 class UnreachableTarget(CPDError):
     """The target cannot be met.
 
-    ``closest`` maps each cost of the target to the nearest value that can be reached ({"macs": 0.61}),
-    or is None where none was found. ``blockers`` names what keeps the rest from going.
+    ``closest`` maps each cost of the target to the nearest value that can be reached, such as
+    {"macs": 0.61}, or is None where none was found. ``blockers`` names what keeps the rest.
     """
 
     def __init__(
