@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from cpd.errors import InputError, UnknownName
 
-__all__ = ["build", "one", "parse"]
+__all__ = ["build", "check_options", "keywords", "one", "parse"]
 
 T = TypeVar("T")
 
@@ -49,10 +49,16 @@ def one(kind: str, spec: object) -> tuple[str, dict[str, Any]]:
 def build(
     kind: str, shelf: Mapping[str, Callable[..., T]], name: str, options: Mapping[str, Any]
 ) -> T:
-    """Return ``shelf[name](**options)``; UnknownName where the shelf has no such name or option."""
+    """Return ``shelf[name](**options)``.
+
+    Raises UnknownName where the shelf has no such name or option, InputError where one is missing.
+    """
     if name not in shelf:
         raise UnknownName(kind, name, shelf)
     check_options(kind, name, options, keywords(shelf[name]))
+    for parameter in inspect.signature(shelf[name]).parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise InputError(f"{kind} {name!r} needs the option {parameter.name!r}.")
     return shelf[name](**options)
 
 

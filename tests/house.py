@@ -1,0 +1,109 @@
+"""The measures of the house, and every exception to them by name, with why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "cpd"
+
+LINES_OF_FILE = 400
+LINES_OF_FUNCTION = 50  # docstring not counted
+NESTING = 3
+PARAMETERS = 7
+
+# "file:function:measure" -> why. An exception that is no longer needed fails the test.
+EXCEPTIONS: dict[str, str] = {
+    "choose.py:choose:parameters": "public entry: one keyword for each decision of a plan",
+    "compress.py:compress:parameters": "public entry: every key of the YAML is a keyword",
+}
+
+# May name architectures, parameters and libraries of models.
+KNOWS_MODELS = ("models", "data", "cli.py", "_torchvision.py")
+
+# Long words are refused anywhere in an identifier, short ones as a whole part of one.
+LONG_WORDS = (
+    "resnet",
+    "resnext",
+    "mobilenet",
+    "densenet",
+    "efficientnet",
+    "convnext",
+    "segformer",
+    "seaformer",
+    "torchvision",
+    "mmpretrain",
+    "mmsegmentation",
+)
+SHORT_WORDS = (
+    "vit",
+    "deit",
+    "swin",
+    "bert",
+    "gpt",
+    "llama",
+    "timm",
+    "transformers",
+    "vgg",
+    "alexnet",
+    "inception",
+)
+
+# Not part of the core: imported where they are used, or absent.
+EXTRAS = (
+    "accelerate",
+    "jsonargparse",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "rich",
+    "scipy",
+    "sklearn",
+    "timm",
+    "torch_pruning",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+    "yaml",
+)
+
+# Modules that may need an extra to be imported at all -> why.
+NEEDS_EXTRAS: dict[str, str] = {
+    "cpd.tasks._topk": "a subclass of torchmetrics.Metric; imported inside Classification.metrics",
+}
+
+SHELVES = ("rules", "importance", "costs", "losses", "tasks", "data", "models", "exporters")
+
+# Modules of a shelf that its other members may import, beside those that start with an underscore.
+SHARED_IN_SHELF = ("base",)
+
+# The closed public surface: everything `import cpd` may offer. Adding to it is a decision.
+PUBLIC = {
+    "ArtefactError",
+    "CPDError",
+    "CouplingGroup",
+    "ExportError",
+    "Groups",
+    "InputError",
+    "MissingGradient",
+    "NonFiniteLoss",
+    "OutputError",
+    "Plan",
+    "PlanMismatch",
+    "Report",
+    "TraceError",
+    "UnknownName",
+    "UnreachableTarget",
+    "VerifyError",
+    "__version__",
+    "choose",
+    "comb",
+    "compress",
+    "cut",
+    "load",
+    "mask",
+    "prune",
+    "save",
+    "verify",
+}
