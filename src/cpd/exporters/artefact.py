@@ -1,0 +1,237 @@
+"""The artefact: a folder of tensors, plan and manifest that rebuilds a cut network. No pickle.
+
+    model.safetensors   every parameter and buffer, shared ones once; aliases in the metadata
+    plan.json           ``plan.to_json()``, exactly
+    manifest.json       format, version, sha256 and size of the two files, what the caller adds
+
+A folder read back is untrusted: sizes are limited and hashes, names and shapes are checked before a
+single tensor is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cpd.cut import cut
+from cpd.errors import ArtefactError, CPDError, InputError, OutputError
+from cpd.exporters._tensors import Stored, assign, collect, read, write
+from cpd.files import publish, refusal, staging
+from cpd.plan import Plan
+
+__all__ = ["load", "save"]
+
+FORMAT = 1
+TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
+_LIMITS = {MANIFEST: 1 << 20, PLAN: 1 << 28}  # bytes
+_AGAIN = "Copy the whole folder again, or write it again with cpd.save."
+
+
+def save(
+    model: nn.Module,
+    plan: Plan,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a cut network and its plan to ``folder``, to be read by :func:`load`.
+
+    Every parameter and buffer is written, those outside the state dict too, so that the network
+    read back gives the same outputs bit for bit. A new folder appears in one step. In an existing
+    one (``overwrite``) the three files are replaced, the manifest last, and all others stay: a
+    crash in between is found by its hashes.
+
+    Args:
+        model: the network that ``cut`` gave, on any device.
+        plan: the plan it was cut by.
+        folder: where to write; must be new or empty unless ``overwrite``.
+        overwrite: replace an artefact that is there.
+        extra: anything JSON can hold, kept under "extra" in the manifest.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: ``model`` was not cut by ``plan``, or ``extra`` does not fit into JSON or 1 MiB.
+        ExportError: the model holds what tensors alone cannot: extra state or meta tensors.
+        OutputError: the folder is not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    _check_target(folder, overwrite)
+    stored = collect(model)
+    _check_cut(plan, stored)
+    inside = folder.is_dir() and any(folder.iterdir())
+    with staging(folder if inside else folder.parent) as temporary:
+        draft = temporary / "artefact"
+        draft.mkdir()
+        write(stored, draft / TENSORS)
+        (draft / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (draft / MANIFEST).write_text(_manifest(draft, extra), encoding="utf-8")
+        if inside:
+            for name in (TENSORS, PLAN, MANIFEST):
+                publish(draft / name, folder / name)
+        else:
+            publish(draft, folder)
+    return folder
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """The cut network in ``folder``, rebuilt from the unpruned architecture.
+
+    Args:
+        folder: what :func:`save` wrote; treated as untrusted.
+        model: the unpruned network with any weights; it stays as it is.
+
+    Returns:
+        A new network of the class of ``model``, on its device, with the widths, tensors and dtypes
+        of the saved one; tensors that were shared are shared again.
+
+    Raises:
+        ArtefactError: a file is missing, truncated, damaged, foreign or too large, or its tensors
+            do not fit. Nothing is loaded then.
+        PlanMismatch: the plan was made for another model than ``model``.
+    """
+    folder = Path(folder)
+    _check_files(folder, _read_manifest(folder))
+    plan = _read_plan(folder)
+    plan.check(model)
+    small = cut(model, plan, verify=False)
+    assign(small, read(folder / TENSORS, small))
+    return small
+
+
+# Writing
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file: choose a folder.")
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise OutputError(
+                f"{folder} exists and is not empty: choose another folder, or pass overwrite=True, "
+                f"which replaces {TENSORS}, {PLAN} and {MANIFEST} in it and nothing else."
+            )
+    except OSError as error:
+        raise refusal(folder, error) from error
+
+
+def _check_cut(plan: Plan, stored: Stored) -> None:
+    """Refuse a network that ``plan`` did not make: it could be written, but never read back."""
+    for name, kept in plan.masks().items():
+        tensor = stored.tensors.get(stored.aliases.get(name, name))
+        count = int(kept.sum())
+        found = 0 if tensor is None else tensor.numel()
+        if found != count:
+            raise InputError(
+                f"the model was not cut by this plan: {name!r} has {found} values, the plan keeps "
+                f"{count} of {kept.numel()}. Save what cpd.cut(model, plan) returned."
+            )
+
+
+def _manifest(draft: Path, extra: Mapping[str, Any] | None) -> str:
+    try:
+        version = metadata.version("cpd")
+    except metadata.PackageNotFoundError:
+        version = "unknown"  # run from a source tree that was never installed
+    files = {name: _fingerprint(draft / name) for name in (TENSORS, PLAN)}
+    content = {"format": FORMAT, "cpd": version, "files": files, "extra": dict(extra or {})}
+    try:
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"extra: only what JSON can hold can be saved: {error}") from error
+    if len(text.encode()) > _LIMITS[MANIFEST]:
+        raise InputError(
+            f"extra: the manifest may have {_LIMITS[MANIFEST]} bytes; save less in it."
+        )
+    return text
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+# Reading
+
+
+def _read_limited(path: Path) -> Any:
+    """The JSON object in ``path``; refuses what is missing, too large or not a JSON object."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_LIMITS[path.name] + 1)
+    except OSError as error:
+        raise ArtefactError(
+            f"{path} cannot be read: {error.strerror}. Give the folder that cpd.save wrote."
+        ) from error
+    if len(data) > _LIMITS[path.name]:
+        raise ArtefactError(f"{path} is larger than {_LIMITS[path.name]} bytes: not an artefact.")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is not valid JSON: {error}. {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} holds no JSON object: it was not written by cpd.save.")
+    return content
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder} is not a folder: give the folder that cpd.save wrote.")
+    path = folder / MANIFEST
+    content: dict[str, Any] = _read_limited(path)
+    if content.get("format") != FORMAT:
+        raise ArtefactError(
+            f"{path}: format {content.get('format')!r}, but this version reads {FORMAT}. Use the "
+            f"version of cpd that wrote it ({content.get('cpd', 'not noted')!r})."
+        )
+    return content
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare size and hash of both files with the manifest."""
+    noted = manifest.get("files")
+    for name in (TENSORS, PLAN):
+        path = folder / name
+        want = noted.get(name) if isinstance(noted, dict) else None
+        if not isinstance(want, dict):
+            raise ArtefactError(f"{folder / MANIFEST} has no entry for {name}. {_AGAIN}")
+        try:
+            size = path.stat().st_size
+            if size != want.get("bytes"):
+                raise ArtefactError(
+                    f"{path} has {size} bytes, the manifest says {want.get('bytes')}: it is "
+                    f"truncated or was changed. {_AGAIN}"
+                )
+            have = _fingerprint(path)
+        except OSError as error:
+            raise ArtefactError(f"{path} cannot be read: {error.strerror}. {_AGAIN}") from error
+        if have["sha256"] != want.get("sha256"):
+            raise ArtefactError(
+                f"{path} has another sha256 than the manifest says: it is damaged, was changed, or "
+                f"belongs to another artefact. {_AGAIN}"
+            )
+
+
+def _read_plan(folder: Path) -> Plan:
+    path = folder / PLAN
+    _read_limited(path)
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except CPDError as error:
+        raise ArtefactError(f"{path} holds no usable plan: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ArtefactError(
+            f"{path} holds no usable plan: {type(error).__name__}: {error}. {_AGAIN}"
+        ) from error

@@ -1,0 +1,80 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of one.
+
+Everything is first written into a temporary folder on the same file system and then renamed over
+its target, which the operating system does in one step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cpd.errors import OutputError
+
+__all__ = ["publish", "refusal", "staging", "write_text"]
+
+
+def refusal(path: Path, error: OSError) -> OutputError:
+    """Why ``path`` cannot be written, as an ``OutputError`` made from the system's ``error``."""
+    reason = error.strerror or str(error)
+    at = f" (at {error.filename})" if error.filename and str(error.filename) != str(path) else ""
+    return OutputError(
+        f"cannot write {path}: {reason}{at}. Choose a path inside a folder that exists or can be "
+        "made, that you may write to, and that has space left."
+    )
+
+
+@contextmanager
+def staging(parent: Path) -> Iterator[Path]:
+    """A temporary folder inside ``parent`` (made where missing), gone afterwards whatever happens.
+
+    Raises:
+        OutputError: ``parent`` cannot be made or written to, or writing failed inside the block.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".cpd-", dir=parent))
+    except OSError as error:
+        raise refusal(parent, error) from error
+    try:
+        yield temporary
+    except OSError as error:
+        raise refusal(parent, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move ``source`` (a file or folder made in ``staging``) to ``target`` in one step.
+
+    The content is flushed to the disk first, so that the name never points at missing data.
+
+    Raises:
+        OutputError: ``target`` cannot be replaced, for instance because it is a folder.
+    """
+    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+    try:
+        for path in files:
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        source.replace(target)
+    except OSError as error:
+        raise refusal(target, error) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write ``text`` as UTF-8 to ``path``, all or nothing; an existing file is replaced.
+
+    Raises:
+        OutputError: the file or its folder cannot be written.
+    """
+    path = Path(path)
+    with staging(path.parent) as temporary:
+        draft = temporary / path.name
+        draft.write_text(text, encoding="utf-8")
+        publish(draft, path)
+    return path
