@@ -1,0 +1,146 @@
+"""Verb: train a student by a task and a teacher. One loop for every stage, one device or many."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cpd import data as data_shelf
+from cpd import losses as loss_shelf
+from cpd import tasks as task_shelf
+from cpd.distill.batches import Batches
+from cpd.distill.callbacks import Callback, State
+from cpd.distill.checkpoint import read, write
+from cpd.distill.evaluate import evaluate
+from cpd.distill.loop import Loop, Pieces, snapshot
+from cpd.distill.options import LoopOptions, TrainOptions, coerce
+from cpd.distill.seeds import derive, isolated
+from cpd.errors import InputError
+
+__all__ = [
+    "Batches",
+    "Callback",
+    "Distilled",
+    "Loop",
+    "LoopOptions",
+    "Pieces",
+    "State",
+    "TrainOptions",
+    "coerce",
+    "derive",
+    "distill",
+    "evaluate",
+    "isolated",
+    "read",
+    "snapshot",
+    "write",
+]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What ``distill`` gives back.
+
+    Attributes:
+        model: the trained network, of the student's class.
+        history: one entry for each evaluation: stage, step, epoch, rate, losses, metrics.
+        best: value of the task's primary metric for ``model`` on the validation data, or None.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    best: float | None
+
+    def __str__(self) -> str:
+        """One line."""
+        best = "no validation data" if self.best is None else f"best {self.best:.4f}"
+        steps = self.history[-1]["step"] if self.history else 0
+        return f"{type(self.model).__name__} after {steps} steps, {best}"
+
+
+class Saver(Callback):
+    """Writes a checkpoint after every evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        """``path``: the file."""
+        self.path = path
+        self.loop: Loop | None = None
+
+    def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:  # noqa: ARG002
+        """Write the loop's state from the main process."""
+        if self.loop is not None and state.main:
+            write(self.path, self.loop.state_dict())
+
+
+def distill(
+    student: nn.Module,
+    *,
+    data: Any,
+    teacher: nn.Module | None = None,
+    task: Any = "classification",
+    losses: Any = "kd",
+    options: TrainOptions | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    callbacks: tuple[Any, ...] = (),
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+) -> Distilled:
+    """Train a copy of ``student`` on the task's loss and, with a teacher, on distillation losses.
+
+    L = task_weight · L_task(s(x), y) + Σ_i w_i · L_i(s(x), t(x)), the sum of weighted terms of
+    G. Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531).
+
+    Args:
+        student: neither it nor the teacher is changed.
+        data: a name of the data shelf, or any object with ``train`` and ``val``: datasets of
+            (input, target), or loaders of batches.
+        teacher: a frozen network of the same task, or None for training on the task alone.
+        task: a name of the task shelf, or an object with loss, metrics, logits, primary.
+        losses: a name, a mapping of names to options with ``weight``, or a callable. See
+            ``cpd.losses``. Unused without a teacher.
+        options: ``TrainOptions``, or a mapping of its fields.
+        seed: of order, dropout and transforms; the same seed gives the same weights on one machine.
+        callbacks: objects with any methods of ``Callback``.
+        checkpoint: a file, written after every evaluation. With ``resume`` the run goes on from it.
+        resume: go on from ``checkpoint`` where it exists; the end is the same as without the break.
+
+    Raises:
+        UnknownName: no loss, task, data, optimizer or schedule of that name.
+        NonFiniteLoss: the loss became NaN or infinite.
+        OutputError: the checkpoint cannot be written. ArtefactError: it cannot be read.
+    """
+    if resume and checkpoint is None:
+        raise InputError("resume=True needs checkpoint=, the file to go on from")
+    options = coerce(TrainOptions, options)
+    samples = data_shelf.resolve(data) if isinstance(data, str | Mapping) else data
+    pieces = Pieces(
+        copy.deepcopy(student),
+        copy.deepcopy(teacher),
+        task_shelf.resolve(task),
+        loss_shelf.resolve(losses),
+        samples.train,
+        getattr(samples, "val", None),
+    )
+    saver = Saver(Path(checkpoint)) if checkpoint is not None else None
+    watching = (*callbacks, saver) if saver is not None else callbacks
+    with isolated(seed):
+        loop = Loop(pieces, options, stage="distill", seed=seed, callbacks=watching)
+        if saver is not None:
+            saver.loop = loop
+            if resume and saver.path.exists():
+                loop.load_state_dict(read(saver.path))
+        model = loop.run()
+    for copied, original in zip(model.modules(), student.modules(), strict=True):
+        copied.training = original.training
+    return Distilled(model, loop.state.history, _best(loop))
+
+
+def _best(loop: Loop) -> float | None:
+    if loop.best is None:
+        return None
+    return float(loop.best["value"]) * (1 if loop.pieces.task.higher_is_better else -1)

@@ -1,0 +1,218 @@
+"""Batches in an order that depends on (seed, epoch) alone, from a dataset or any loader.
+
+Each process gets its share of every global batch, so one process and several see the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from cpd.distill.seeds import derive, seed_all
+from cpd.errors import InputError
+
+__all__ = ["Batches", "parts", "size", "to_device", "unpack"]
+
+
+def _mapped(batch: Any, change: Any) -> Any:
+    """The same nest of mappings and sequences, with every tensor changed."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(value, change) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return tuple(_mapped(value, change) for value in batch)
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _mapped(batch, lambda tensor: found.append(tensor) if tensor.ndim else None)
+    return iter(found)
+
+
+def size(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor.
+
+    Raises:
+        InputError: a batch without a tensor.
+    """
+    for tensor in _tensors(batch):
+        return int(tensor.shape[0])
+    raise InputError(f"a batch must hold a tensor, one row a sample; got {type(batch).__name__}")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch on a device."""
+    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def parts(batch: Any, count: int) -> list[Any]:
+    """The batch in ``count`` consecutive parts of nearly equal size; none is empty."""
+    total = size(batch)
+    if count == 1:
+        return [batch]
+    edges = [total * part // count for part in range(count + 1)]
+    spans = [(a, b) for a, b in pairwise(edges) if b > a]
+
+    def cut(first: int, last: int) -> Any:
+        return _mapped(batch, lambda tensor: tensor[first:last] if tensor.ndim else tensor)
+
+    return [cut(first, last) for first, last in spans]
+
+
+def unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, named inputs and targets of a batch.
+
+    A batch is a pair (inputs, targets) or a mapping with the key "labels" or "targets"; inputs are
+    a tensor, a sequence of arguments or a mapping of keyword arguments.
+
+    Raises:
+        InputError: a batch of another form.
+    """
+    if isinstance(batch, Mapping):
+        for key in ("labels", "targets"):
+            if key in batch:
+                return (), {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise InputError(f"a batch as mapping needs 'labels' or 'targets', got {list(batch)}")
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        found = type(batch).__name__
+        raise InputError(f"a batch must be (inputs, targets) or a mapping, got {found}")
+    inputs, targets = batch
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs), targets
+    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}, targets
+
+
+class _Seeded(Dataset[Any]):
+    """A dataset whose random transforms depend on (seed, epoch, index) alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, index: int) -> Any:
+        seed_all(derive(self.seed, index))
+        return self.dataset[index]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A source of batches.
+
+    Attributes:
+        source: a dataset (``__len__`` and ``__getitem__``), or an iterable of batches such as a
+            DataLoader; a loader's own batch size, order and workers are kept.
+        batch_size: samples of a global batch, for datasets.
+        seed: of the order and of random transforms.
+        train: shuffle, and drop the last batch where it is smaller than the others.
+        workers: processes that load, for datasets.
+        rank: number of this process. world: how many there are.
+    """
+
+    source: Any
+    batch_size: int
+    seed: int
+    train: bool = True
+    workers: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a source that gives no batches, or batches that cannot be shared out."""
+        if not self.is_dataset and not isinstance(self.source, Iterable):
+            kind = type(self.source).__name__
+            raise InputError(f"data must be a dataset or an iterable of batches, got {kind}")
+        if isinstance(self.source, IterableDataset):
+            raise InputError("an IterableDataset gives samples; wrap it in a DataLoader")
+        if self.is_dataset and len(self.source) == 0:
+            raise InputError("the dataset is empty")
+        if self.is_dataset and self.batch_size % self.world:
+            text = f"batch_size={self.batch_size} cannot be shared by {self.world} processes"
+            raise InputError(f"{text}; make it a multiple of {self.world}")
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether single samples can be asked for by number."""
+        if isinstance(self.source, DataLoader | list | tuple):
+            return False
+        return hasattr(self.source, "__getitem__") and hasattr(self.source, "__len__")
+
+    @property
+    def length(self) -> int | None:
+        """Batches of one epoch, or None where the source does not know."""
+        if self.is_dataset:
+            return len(self._indices(0))
+        return len(self.source) if hasattr(self.source, "__len__") else None
+
+    def __len__(self) -> int:
+        """Batches of one epoch.
+
+        Raises:
+            InputError: the source does not know its length.
+        """
+        length = self.length
+        if length is not None:
+            return length
+        raise InputError("this loader has no length; say how long to train with steps=…")
+
+    def _indices(self, epoch: int) -> list[list[int]]:
+        """The samples of each of this process's batches."""
+        count = len(self.source)
+        width = self.batch_size
+        order = list(range(count))
+        if self.train:
+            width = max(self.world, min(width, count - count % self.world))
+            generator = torch.Generator().manual_seed(derive(self.seed, "order", epoch))
+            order = torch.randperm(count, generator=generator).tolist()
+            order = order[: count - count % width]
+        batches = [order[first : first + width] for first in range(0, len(order), width)]
+        mine = [batch[self.rank :: self.world] for batch in batches]
+        return [batch for batch in mine if batch]
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, without the first ``skip``."""
+        seed_all(derive(self.seed, "epoch", number))
+        if not self.is_dataset:
+            yield from self._loaded(number, skip)
+            return
+        if hasattr(self.source, "set_epoch"):
+            self.source.set_epoch(number)
+        loader: DataLoader[Any] = DataLoader(
+            _Seeded(self.source, derive(self.seed, "sample", number)),
+            batch_sampler=self._indices(number)[skip:],
+            num_workers=self.workers,
+        )
+        yield from loader
+
+    def _loaded(self, number: int, skip: int) -> Iterator[Any]:
+        """This process's share of each batch of a foreign loader."""
+        sampler: Any = getattr(self.source, "sampler", None)
+        for holder in (self.source, sampler, getattr(self.source, "batch_sampler", None)):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(derive(self.seed, "epoch", number))
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(number)
+        shared = self.world == 1 or isinstance(sampler, DistributedSampler)
+        batches = iter(self.source)
+        for index in range(2**62):
+            seed_all(derive(self.seed, "batch", number, index))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            if index >= skip:
+                yield batch if shared else self._share(batch)
+
+    def _share(self, batch: Any) -> Any:
+        rows = size(batch)
+        if self.train and rows % self.world:
+            text = f"a batch of {rows} samples cannot be shared by {self.world} processes"
+            raise InputError(text)
+        pick = slice(self.rank, None, self.world)
+        return _mapped(batch, lambda tensor: tensor[pick] if tensor.ndim else tensor)

@@ -1,0 +1,300 @@
+"""The training loop of one stage: forward, losses, backward, step; evaluated and resumable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cpd.distill.batches import Batches, parts, size, to_device, unpack
+from cpd.distill.callbacks import Callbacks, State
+from cpd.distill.evaluate import evaluate
+from cpd.distill.optim import Schedule, build_optimizer
+from cpd.distill.options import LoopOptions, TrainOptions
+from cpd.distill.seeds import derive, seed_all
+from cpd.errors import InputError, NonFiniteLoss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Loop", "Pieces", "snapshot"]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What is trained, by what, on what.
+
+    Attributes:
+        student: trained in place. teacher: frozen, in evaluation mode, or None. Private copies.
+        task: see ``cpd.tasks``. losses: ``(student logits, teacher logits) -> weighted terms``.
+        train, val: sources of batches, see ``Batches``; ``val`` may be None.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    task: Any
+    losses: Any
+    train: Any
+    val: Any = None
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a model's parameters and buffers, on the CPU."""
+    return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+
+
+class Loop:
+    """One stage. ``run`` takes it to its end; between steps its state can be saved and loaded."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        options: LoopOptions,
+        *,
+        stage: str,
+        seed: int,
+        steps: int | None = None,
+        callbacks: tuple[Any, ...] = (),
+        keep: str = "best",
+    ) -> None:
+        """``steps``: length of the stage, by default what the options say.
+
+        ``keep="best"`` ends with the weights that did best on the validation data, "last" with the
+        newest. Raises InputError and UnknownName for options that cannot be used.
+        """
+        from accelerate import Accelerator
+
+        cpu = not torch.accelerator.is_available()
+        self.accelerator: Accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+        self.device: torch.device = self.accelerator.device
+        self.pieces, self.options, self.keep = pieces, options, keep
+        self.seed = derive(seed, stage)
+        self.callbacks = Callbacks(callbacks)
+        self.train = self._batches(pieces.train, train=True)
+        self.val = None if pieces.val is None else self._batches(pieces.val, train=False)
+        total = self._length() if steps is None else steps
+        self.state = State(stage, total, pieces.student, main=self.accelerator.is_main_process)
+        self.model: nn.Module = self.accelerator.prepare_model(pieces.student)
+        if pieces.teacher is not None:
+            pieces.teacher.to(self.device).eval().requires_grad_(False)
+        self.optimizer, self.schedule = self._optimizer(total)
+        self.best: dict[str, Any] | None = None
+        self.evaluated = -1
+        self.sums: dict[str, float] = {}
+        self.counted = 0
+
+    def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, Schedule]:
+        options = self.options
+        optimizer = build_optimizer(
+            self.pieces.student, options.optimizer, norm_decay=options.norm_decay
+        )
+        by_epoch = isinstance(options.schedule, Mapping) and options.schedule.get("per") == "epoch"
+        epoch = len(self.train) if by_epoch else 1
+        schedule = Schedule(
+            optimizer, options.schedule, steps=total, epoch=epoch, warmup=options.warmup
+        )
+        return optimizer, schedule
+
+    def _batches(self, source: Any, *, train: bool) -> Batches:
+        accelerator = self.accelerator
+        return Batches(
+            source,
+            self.options.batch_size,
+            self.seed,
+            train=train,
+            workers=self.options.workers,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+
+    def _length(self) -> int:
+        assert isinstance(self.options, TrainOptions), "the options give no length; pass steps"
+        if self.options.steps is not None:
+            return self.options.steps
+        return self.options.epochs * len(self.train) if self.options.epochs else 0
+
+    # --- the way through the stage
+
+    def run(self) -> nn.Module:
+        """Train from where the loop is to the end of the stage; return the student.
+
+        Raises:
+            NonFiniteLoss: a loss became NaN or infinite; nothing was stepped with it.
+        """
+        state = self.state
+        self._training()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.callbacks("on_start", state)
+        while not self._finished():
+            self._epoch()
+        if state.step and self.evaluated != state.step:
+            self._evaluate()
+        if self.best is not None and self.keep == "best":
+            state.student.load_state_dict(self.best["weights"])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.callbacks("on_end", state)
+        return state.student
+
+    def _finished(self) -> bool:
+        return self.state.stop or self.state.step >= self.state.total
+
+    def _epoch(self) -> None:
+        """The rest of the current epoch."""
+        state = self.state
+        for batch in self.train.epoch(state.epoch, state.batch):
+            state.batch += 1
+            self._step(to_device(batch, self.device))
+            if self._finished() and state.batch != self.train.length:
+                return
+        if not state.batch:
+            raise InputError("the training data gave no batch; is the loader empty or used up?")
+        state.epoch, state.batch = state.epoch + 1, 0
+        every = self.options.evaluate_every
+        if every and state.epoch % every == 0:
+            self._evaluate()
+
+    def _training(self) -> None:
+        """Training mode, with frozen statistics where the options say so."""
+        self.state.student.train()
+        if not self.options.freeze_norms:
+            return
+        for module in self.state.student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+    # --- one step
+
+    def _step(self, batch: Any) -> None:
+        state = self.state
+        seed_all(derive(self.seed, "step", state.step, self.accelerator.process_index))
+        rows = size(batch)
+        chunks = parts(batch, self.options.accumulate)
+        state.losses, state.rate = {}, self.schedule.rate
+        for number, chunk in enumerate(chunks, start=1):
+            state.synced = number == len(chunks)
+            self._backward(chunk, size(chunk) / rows)
+        if self.options.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        state.step += 1
+        for name, value in state.losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counted += 1
+        self.callbacks("after_step", state)
+
+    def _backward(self, chunk: Any, share: float) -> None:
+        wait = nullcontext() if self.state.synced else self.accelerator.no_sync(self.model)
+        with wait:
+            terms = self._terms(chunk)
+            self._record(terms, share)
+            self.accelerator.backward(torch.stack(list(terms.values())).sum() * share)
+        self.callbacks("after_backward", self.state)
+
+    def _terms(self, chunk: Any) -> dict[str, torch.Tensor]:
+        """Every weighted term of the loss; their sum is what is minimised."""
+        args, kwargs, targets = unpack(chunk)
+        task, teacher = self.pieces.task, self.pieces.teacher
+        with self._autocast():
+            outputs = self.model(*args, **kwargs)
+            terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
+            if teacher is None:
+                return terms
+            with torch.no_grad():
+                taught = teacher(*args, **kwargs)
+            found = self.pieces.losses(task.logits(outputs).float(), task.logits(taught).float())
+        return terms | dict(found)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.options.precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _record(self, terms: Mapping[str, torch.Tensor], share: float) -> None:
+        """Note the terms, averaged over processes; stop every process where one is not finite."""
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="mean")
+        named = dict(zip(terms, values.tolist(), strict=True))
+        if not all(map(math.isfinite, named.values())):
+            state, shown = self.state, ", ".join(f"{n} = {v:.6g}" for n, v in named.items())
+            raise NonFiniteLoss(
+                f"the loss is not finite at step {state.step + 1} of {state.total} in stage "
+                f"{state.stage!r}: {shown} (learning rate {state.rate:.3g}). Nothing was stepped "
+                "with it; the last checkpoint is intact. Try a lower rate, a warm-up, or clip=1."
+            )
+        losses = self.state.losses
+        named["total"] = sum(named.values())
+        for name, value in named.items():
+            losses[name] = losses.get(name, 0.0) + share * value
+
+    # --- evaluation
+
+    def _evaluate(self) -> None:
+        """Metrics on the validation data, a line of history, and the best weights so far."""
+        state = self.state
+        self.evaluated = state.step
+        metrics = {}
+        if self.val is not None:
+            metrics = evaluate(state.student, self.val, self.pieces.task, self.device)
+            self._compare(metrics)
+        means = {name: total / max(1, self.counted) for name, total in self.sums.items()}
+        self.sums, self.counted = {}, 0
+        state.history.append(
+            {
+                "stage": state.stage,
+                "step": state.step,
+                "epoch": state.epoch,
+                "rate": state.rate,
+                "losses": means,
+                "metrics": metrics,
+            }
+        )
+        self.callbacks("after_evaluate", state, metrics)
+
+    def _compare(self, metrics: Mapping[str, float]) -> None:
+        """Keep the best weights so far; tell a schedule that watches the metric."""
+        task = self.pieces.task
+        if task.primary not in metrics:
+            raise InputError(
+                f"the task's primary metric {task.primary!r} is none of {list(metrics)}"
+            )
+        value = metrics[task.primary] * (1 if task.higher_is_better else -1)
+        self.schedule.measured(-value)
+        if self.keep == "best" and (self.best is None or value > self.best["value"]):
+            weights = snapshot(self.state.student)
+            self.best = {"value": value, "step": self.state.step, "weights": weights}
+
+    # --- pause and go on
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the stage depends on, the student's weights included."""
+        state = self.state
+        return {
+            "at": {"step": state.step, "epoch": state.epoch, "batch": state.batch},
+            "stop": state.stop,
+            "student": snapshot(state.student),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "best": self.best,
+            "evaluated": self.evaluated,
+            "running": {"sums": self.sums, "counted": self.counted},
+            "history": state.history,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, exactly."""
+        state, at = self.state, saved["at"]
+        state.step, state.epoch, state.batch = at["step"], at["epoch"], at["batch"]
+        state.stop, state.history = saved["stop"], list(saved["history"])
+        state.student.load_state_dict(saved["student"])
+        self.optimizer.load_state_dict(dict(saved["optimizer"]))
+        self.schedule.load_state_dict(saved["schedule"])
+        self.best, self.evaluated = saved["best"], saved["evaluated"]
+        self.sums, self.counted = dict(saved["running"]["sums"]), saved["running"]["counted"]

@@ -1,0 +1,106 @@
+"""Values: how one stage of training runs. Every field is a key of the YAML and a flag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from cpd.errors import InputError, UnknownName
+
+__all__ = ["LoopOptions", "TrainOptions", "coerce"]
+
+PRECISIONS = ("bf16", "no")
+T = TypeVar("T", bound="LoopOptions")
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How a step is taken.
+
+    Attributes:
+        batch_size: samples of one optimizer step, over all processes together. Only for datasets;
+            a loader of your own keeps the batches that it gives.
+        optimizer: name of ``torch.optim``, a mapping with ``name`` and its options, or a callable
+            ``parameters -> Optimizer``.
+        schedule: name of ``torch.optim.lr_scheduler``, a mapping with ``name`` and its options
+            (``per: epoch`` steps it once an epoch instead of once a step), a callable
+            ``optimizer -> scheduler``, or nothing for a constant rate. A length that the schedule
+            asks for (``T_max``, ``total_steps``, ``total_iters``) is filled in where left out.
+        warmup: steps over which the rate rises linearly from zero to its full value.
+        norm_decay: False takes the weight decay off vectors and scalars: norms, biases.
+        precision: "no" (as the parameters are) or "bf16" (autocast; the loss stays float32).
+        accumulate: parts into which each batch is split; gradients add up over the parts.
+        clip: largest total norm of the gradient.
+        freeze_norms: batch norms keep their running statistics.
+        task_weight: weight of the task's own loss next to the distillation losses.
+        evaluate_every: epochs between evaluations on the validation data; 0: at the end only.
+        workers: worker processes that load data, for each process that trains.
+    """
+
+    batch_size: int = 64
+    optimizer: Any = field(default_factory=lambda: {"name": "SGD", "lr": 0.01, "momentum": 0.9})
+    schedule: Any = None
+    warmup: int = 0
+    norm_decay: bool = True
+    precision: str = "no"
+    accumulate: int = 1
+    clip: float | None = None
+    freeze_norms: bool = False
+    task_weight: float = 1.0
+    evaluate_every: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is trained."""
+        if self.precision not in PRECISIONS:
+            raise UnknownName("precision", self.precision, PRECISIONS)
+        least = {"batch_size": 1, "accumulate": 1, "warmup": 0, "evaluate_every": 0, "workers": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < bound:
+                text = f"{name} must be a whole number of at least {bound}, got {value!r}"
+                raise InputError(text)
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip must be above 0, or left out, got {self.clip!r}")
+
+
+@dataclass(frozen=True)
+class TrainOptions(LoopOptions):
+    """How a step is taken, and how many.
+
+    Attributes:
+        epochs: passes over the training data.
+        steps: optimizer steps; where given, they count instead of the epochs.
+    """
+
+    epochs: int = 10
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse lengths below zero."""
+        super().__post_init__()
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise InputError(f"{name} must be a whole number of at least 0, got {value!r}")
+
+
+def coerce(kind: type[T], value: T | Mapping[str, Any] | None) -> T:
+    """Options from a mapping, from nothing (the defaults), or as they are.
+
+    Raises:
+        UnknownName: a key that the options do not have.
+        InputError: neither a mapping nor options of that kind.
+    """
+    if isinstance(value, kind):
+        return value
+    if value is None:
+        return kind()
+    if not isinstance(value, Mapping):
+        raise InputError(f"expected {kind.__name__} or a mapping of its fields, got {value!r}")
+    valid = [item.name for item in fields(kind)]
+    for name in value:
+        if name not in valid:
+            raise UnknownName(f"key of {kind.__name__}", name, valid)
+    return kind(**value)

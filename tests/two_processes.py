@@ -1,0 +1,102 @@
+"""What the two-process tests run: ``python -m torch.distributed.run --nproc-per-node 2 … MODE OUT``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+SAMPLES = 96
+
+
+class Split:
+    """Data of Gaussian blobs; float64, so that the order of a sum shows only far behind the point."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        centres = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+        targets = torch.arange(SAMPLES + 62) % 4
+        noise = torch.randn(len(targets), 3, 8, 8, generator=generator, dtype=torch.float64)
+        inputs = centres[targets] + 2 * noise
+        self.train = TensorDataset(inputs[:SAMPLES], targets[:SAMPLES])
+        self.val = TensorDataset(inputs[SAMPLES:-31], targets[SAMPLES:-31])
+        self.test = TensorDataset(inputs[-31:], targets[-31:])
+        self.num_classes = 4
+        self.input_shape = (3, 8, 8)
+
+
+def network() -> nn.Module:
+    """A network without batch statistics, so that a batch may be shared out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        layers = (
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 4),
+        )
+        return nn.Sequential(*layers).double()
+
+
+OPTIONS = {
+    "batch_size": 16,
+    "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
+    "schedule": "CosineAnnealingLR",
+    "warmup": 2,
+    "accumulate": 2,
+}
+
+
+def distilled() -> dict[str, torch.Tensor]:
+    """Weights and metrics after three epochs of distillation."""
+    from cpd.distill import distill
+
+    options = {**OPTIONS, "epochs": 3}
+    result = distill(network(), teacher=network(), data=Split(), options=options, seed=1)
+    metrics = torch.tensor([entry["metrics"]["top1"] for entry in result.history])
+    return {**result.model.state_dict(), "metrics": metrics}
+
+
+def compressed(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights after the whole way; the plan lies in the folder."""
+    import cpd
+
+    loop = {name: value for name, value in OPTIONS.items() if name != "warmup"}
+    result = cpd.compress(
+        network(),
+        data=Split(),
+        target="macs=0.5",
+        importance="hessian",
+        interval=4,
+        events=4,
+        prune={**loop, "schedule": None},
+        recover={**OPTIONS, "epochs": 2},
+        seed=1,
+        output=folder,
+        onnx=False,
+    )
+    return result.model.state_dict()
+
+
+def main(mode: str, out: Path) -> None:
+    """Run, and let the main process write what came out."""
+    from safetensors.torch import save_file
+
+    from cpd import _torchvision
+
+    _torchvision.ensure()
+    torch.set_num_threads(1)
+    weights = distilled() if mode == "distill" else compressed(out / "run")
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
