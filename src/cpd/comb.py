@@ -1,0 +1,253 @@
+"""Comb: from a traced network to its coupling groups.
+
+Every call of the graph passes its rule (`graph`), the relations are solved (`units`), classes of channels with
+one signature become groups, and what the network's own Python code cannot follow is found by trial and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import numpy as np
+from torch import nn
+
+from .channels import Ids, components
+from .errors import InputError, UnknownName
+from .graph import Reader, Terms
+from .groups import CouplingGroup, Frozen, Groups
+from .labels import Labels
+from .pins import pin_queries
+from .rules import Factor
+from .sizes import find_sites
+from .trace import Inputs, Trace, location, named_tensors, trace
+from .trial import freeze_unfollowed
+from .units import Family, Units, solve
+
+
+def comb(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    ignore: Iterable[str | nn.Module] = (),
+    exact: bool = False,
+    unknown: str = "freeze",
+) -> Groups:
+    """Find the coupling groups of a network.
+
+    Args:
+        model: any network that `torch.export` can trace; it is not changed.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        ignore: modules, names or name patterns (`"layer4.*"`) whose output width stays.
+        exact: also keep every axis that a statistic is taken across (LayerNorm, softmax or mean over channels),
+            so that cutting equals zeroing.
+        unknown: "freeze" keeps what an operator without a rule touches and says so; "error" refuses it.
+
+    Raises:
+        InputError: the model does not run on the inputs, or `ignore` names nothing.
+        TraceError: the model cannot be exported, or an operator is unknown with `unknown="error"`.
+    """
+    if unknown not in ("freeze", "error"):
+        raise UnknownName("handling of unknown operators", unknown, ("freeze", "error"))
+    graph = trace(model, example_inputs)
+    reader = Reader(graph, exact=exact, unknown=unknown)
+    reader.read()
+    _freeze_ignored(model, reader, list(ignore))
+    _freeze_unused(model, reader)
+    pins = pin_queries(reader)
+    units = solve(reader.channels)
+    groups = _build(model, graph, reader, units, pins)
+    groups.options.update(exact=exact, unknown=unknown, ignore=[_name(model, x) for x in ignore])
+    freeze_unfollowed(groups)
+    return finish(groups)
+
+
+def _name(model: nn.Module, item: str | nn.Module) -> str:
+    if isinstance(item, str):
+        return item
+    for name, module in model.named_modules():
+        if module is item:
+            return name
+    raise InputError(f"ignore has a {type(item).__name__} that is no part of the model")
+
+
+def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Module]) -> None:
+    consumed = _consumed(reader)
+    names = [name for name, _ in named_tensors(model)]
+    for item in ignore:
+        pattern = _name(model, item)
+        found = [
+            n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)
+        ]
+        if not found:
+            modules = [name for name, _ in model.named_modules() if name]
+            raise UnknownName("module or tensor to ignore", pattern, modules)
+        for name in found:
+            labels = reader.labels.get(reader.trace.aliases[name])
+            for layer in labels.layers if labels else ():
+                if (reader.trace.aliases[name], layer.owner) not in consumed:
+                    reader.channels.freeze(layer.ids, "ignored by the user")
+
+
+def _freeze_unused(model: nn.Module, reader: Reader) -> None:
+    """A tensor that no call reads has no ids; nothing to do but to know it (it is kept as it is)."""
+    for name, tensor in named_tensors(model):
+        name = reader.trace.aliases[name]
+        reader.labels.setdefault(name, Labels(tuple(tensor.shape)))
+
+
+def _consumed(reader: Reader) -> set[tuple[str, int]]:
+    """Return the (tensor, owner axis) pairs whose layers read channels that others make."""
+    read = np.zeros(reader.channels.count, bool)
+    for ids in reader.consumed:
+        read[ids.ravel()] = True
+    found = set()
+    for name, labels in reader.labels.items():
+        for layer in labels.layers:
+            if read[layer.ids].any():
+                found.add((name, layer.owner))
+    return found
+
+
+def _build(
+    model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list
+) -> Groups:
+    uses = [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
+    costs = {"macs": Terms(reader.macs, per=max(graph.batch, 1)), "params": _param_terms(model, reader)}
+    return Groups(
+        trace=graph,
+        units=units,
+        labels=reader.labels,
+        steps=reader.steps,
+        sites=find_sites(model, uses),
+        pins=pins,
+        costs=costs,
+        groups=(),
+        frozen=(),
+        options={},
+        consumed=_consumed(reader),
+        activation=reader.activation,
+        model=model,
+    )
+
+
+def _param_terms(model: nn.Module, reader: Reader) -> Terms:
+    terms: list[tuple[int, tuple[Factor, ...]]] = []
+    for name, parameter in model.named_parameters():
+        labels = reader.labels[reader.trace.aliases[name]]
+        times, factors = 1, []
+        for axis, size in enumerate(parameter.shape):
+            layer = labels.owned(axis) or next((x for x in labels.layers if axis in x.axes), None)
+            if layer is None:
+                times *= size
+            else:
+                factors.append(Factor(layer, layer.axes.index(axis)))
+        terms.append((times, tuple(factors)))
+    return Terms(terms)
+
+
+def finish(groups: Groups) -> Groups:
+    """Form groups of the units that can go, and list what stays with its reasons."""
+    units = groups.units
+    signature = _signatures(groups)
+    families = units.families + _singles(units, signature)
+    edges = [(0, 0)]
+    closures = []
+    for family in families:
+        closure = units.closure(int(c) for cluster in family.clusters for c in cluster)
+        closures.append(closure)
+        edges += [(int(closure[0]), int(c)) for c in closure]
+    pairs = np.array(edges, np.int64)
+    component = components(units.count, pairs[:, 0], pairs[:, 1])
+    members: dict[int, list[int]] = {}
+    for number, closure in enumerate(closures):
+        members.setdefault(int(component[closure[0]]), []).append(number)
+    names = _names(groups)
+    made: list[tuple[tuple[int, str], CouplingGroup]] = []
+    taken: set[str] = set()
+    for numbers in members.values():
+        classes = np.unique(np.concatenate([closures[k] for k in numbers]))
+        order, name = min(names[c] for c in classes.tolist() if c in names)
+        unique, count = name, 1
+        while unique in taken:
+            count += 1
+            unique = f"{name}#{count}"
+        taken.add(unique)
+        kinds = tuple(families[k] for k in numbers)
+        shape = (tuple((f.kind) for f in kinds), _shape_key(groups, classes, signature))
+        made.append(((order, unique), CouplingGroup(unique, classes, kinds, shape, groups)))
+    groups.groups = tuple(group for _, group in sorted(made, key=lambda pair: pair[0]))
+    groups.frozen = tuple(_frozen(groups, closures))
+    return groups
+
+
+def _singles(units: Units, signature: np.ndarray) -> list[Family]:
+    """Channels bound to no row or column: one family for each set of tensors they run through."""
+    free = np.flatnonzero(~units.bound & (signature != 0))
+    families = []
+    order = free[np.argsort(signature[free], kind="stable")]
+    if not len(order):
+        return []
+    cuts = np.flatnonzero(np.diff(signature[order])) + 1
+    for classes in np.split(order, cuts):
+        left = classes[units.frozen[classes] < 0]
+        if len(left):
+            families.append(Family("channels", (left,), len(classes)))
+    return families
+
+
+def _signatures(groups: Groups) -> np.ndarray:
+    """Return for each class a hash of the layers that it runs through; 0 where it runs through none."""
+    generator = np.random.default_rng(0)
+    total = np.zeros(groups.units.count, np.uint64)
+    for labels in groups.labels.values():
+        for layer in labels.layers:
+            word = generator.integers(1, 2**63, dtype=np.uint64)
+            classes = np.unique(groups.units.label[layer.ids])
+            total[classes] += word
+    return total
+
+
+def _names(groups: Groups) -> dict[int, tuple[int, str]]:
+    """Return for each class the first tensor that makes it: (order, module path)."""
+    names: dict[int, tuple[int, str]] = {}
+    for role in ("out", "in"):
+        for order, (tensor, labels) in enumerate(groups.labels.items()):
+            for layer in labels.layers:
+                if ((tensor, layer.owner) in groups.consumed) == (role == "in"):
+                    for c in np.unique(groups.units.label[layer.ids]).tolist():
+                        names.setdefault(c, (order, tensor.rpartition(".")[0] or tensor))
+    return names
+
+
+def _shape_key(groups: Groups, classes: Ids, signature: np.ndarray) -> tuple[object, ...]:
+    """Return what structurally identical groups share: kinds of layers and axes, not sizes or names."""
+    mask = np.zeros(groups.units.count, bool)
+    mask[classes] = True
+    key = set()
+    for tensor, labels in groups.labels.items():
+        path, _, leaf = tensor.rpartition(".")
+        for layer in labels.layers:
+            if mask[groups.units.label[layer.ids]].any():
+                kind = type(groups.model.get_submodule(path)).__name__
+                key.add((kind, leaf, layer.axes))
+    return tuple(sorted(key))
+
+
+def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
+    """List every axis with indices that no unit removes."""
+    units = groups.units
+    movable = np.zeros(units.count, bool)
+    for closure in closures:
+        movable[closure] = True
+    parameters = {name for name, _ in groups.model.named_parameters()}
+    for tensor, labels in groups.labels.items():
+        if tensor not in parameters:
+            continue
+        for layer in labels.layers:
+            classes = units.label[layer.ids]
+            stuck = np.unique(classes[~movable[classes]])
+            if len(stuck):
+                known = [units.reason(int(c)) for c in stuck]
+                reason = next((r for r in known if r), "must keep step with channels that cannot go")
+                yield Frozen(tensor, layer.owner, reason, len(stuck))

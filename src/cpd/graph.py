@@ -1,0 +1,288 @@
+"""Reading the graph: every node's call goes through its rule; what the rules demand is collected.
+
+Values: `Step` (one node, its outputs' labels and literal sizes), `Terms` (a cost as sums of products of axis
+sizes), `Pinned` (rows of weights to rescale where an attention's default scale depends on the head size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from .channels import Channels, Ids
+from .errors import TraceError
+from .labels import Labels, Layer, Mask, layer_size
+from .rules import Call, Factor, Pin, Size, find
+from .trace import Trace, location, source_line
+
+
+@dataclass
+class Step:
+    """One node of the graph: the labels of its outputs, its literal sizes, whether it is a statistic."""
+
+    node: fx.Node
+    out: Any
+    args: dict[str, Any] = field(default_factory=dict)
+    sizes: list[Size] = field(default_factory=list)
+    lossy: bool = False
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """`rows[tensor]`: rows to multiply by sqrt(size now / size before) of `axis` of the query's labels."""
+
+    rows: dict[str, Ids]
+    labels: Labels
+    axis: int
+
+
+class Terms:
+    """A cost: sum over terms of coefficient x product of live axis sizes, divided by `per`."""
+
+    def __init__(self, terms: Iterable[tuple[int, tuple[Factor, ...]]], per: int = 1) -> None:
+        self.per = per
+        self.constant = 0
+        self.factors: list[Factor] = []
+        index: dict[tuple[int, int], int] = {}
+        merged: dict[tuple[int, ...], int] = {}
+        for times, factors in terms:
+            key = []
+            for factor in factors:
+                name = (id(factor.layer.ids), factor.position)
+                if name not in index:
+                    index[name] = len(self.factors)
+                    self.factors.append(factor)
+                key.append(index[name])
+            row = tuple(sorted(key))
+            merged[row] = merged.get(row, 0) + times
+        self.constant = merged.pop((), 0)
+        self.terms = list(merged.items())
+
+    def count(self, alive_ids: Mask) -> int:
+        """Return the cost with these ids alive (an exact integer)."""
+        sizes = [layer_size(f.layer, f.position, alive_ids) for f in self.factors]
+        total = self.constant
+        for row, times in self.terms:
+            product = times
+            for factor in row:
+                product *= sizes[factor]
+            total += product
+        return total // self.per
+
+
+class Reader:
+    """Walks a traced graph once and collects what all calls demand."""
+
+    def __init__(self, trace: Trace, *, exact: bool = False, unknown: str = "freeze") -> None:
+        self.trace, self.exact, self.unknown = trace, exact, unknown
+        self.channels = Channels()
+        self.labels: dict[str, Labels] = {}
+        self.steps: list[Step] = []
+        self.pins: list[tuple[fx.Node, Pin]] = []
+        self.macs: list[tuple[int, tuple[Factor, ...]]] = []
+        self.consumed: list[Ids] = []
+        self.activation: dict[str, float] = {}
+        self.unruled: dict[str, str] = {}
+        self.env: dict[fx.Node, Any] = {}
+
+    def read(self) -> None:
+        """Read every node in order."""
+        for node in self.trace.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = self._placeholder(node)
+            elif node.op == "call_function":
+                self.env[node] = self._call(node)
+            elif node.op == "output":
+                for value in _flat(self._lookup(node.args)):
+                    for layer in value.layers:
+                        self.channels.freeze(layer.ids, "model output")
+
+    def _placeholder(self, node: fx.Node) -> Labels | None:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return None
+        name = self.trace.tensors.get(node.name)
+        if name is None:
+            return Labels(_shape(value))
+        if name not in self.labels:
+            self.labels[name] = self._fresh(node, name, _shape(value))
+        return self.labels[name]
+
+    def _fresh(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> Labels:
+        layers = [Layer((k,), self.channels.new(size)) for k, size in enumerate(shape) if size > 1]
+        groups = _weight_groups(node)
+        if groups > 1 and len(shape) > 1 and shape[1] > 1:
+            rows = self.channels.new(groups, 1, shape[1])
+            ids = np.broadcast_to(rows, (groups, shape[0] // groups, shape[1])).reshape(shape[:2])
+            layers = [layer for layer in layers if layer.axes != (1,)] + [Layer((0, 1), ids)]
+        if not node.users:
+            for layer in layers:
+                self.channels.freeze(layer.ids, "not used in the forward pass")
+        return Labels(shape, tuple(layers))
+
+    def _lookup(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.env.get(value)
+        if isinstance(value, list | tuple):
+            return [self._lookup(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._lookup(item) for key, item in value.items()}
+        return value
+
+    def _call(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        if getattr(target, "__name__", "") == "getitem":
+            source = self.env.get(node.args[0])  # type: ignore[arg-type]
+            return source[node.args[1]] if isinstance(source, list) else source
+        out = [_shape(value) for value in _tensors(node.meta.get("val"))]
+        if not out:
+            return None
+        call = self._bind(node, out)
+        result = self._rule(node, call)
+        if isinstance(result, Labels) and isinstance(node.meta.get("val"), tuple | list):
+            result = [result]
+        self._mutated(node, call)
+        sizes = call.sizes
+        self.steps.append(Step(node, result, call.args, sizes, call.lossy))
+        self.pins += [(node, pin) for pin in call.pins]
+        self.macs += call.macs
+        self.consumed += call.consumed
+        self._note_activation(node, call)
+        return result
+
+    def _bind(self, node: fx.Node, out: list[tuple[int, ...]]) -> Call:
+        target: Any = node.target
+        schema = getattr(target, "_schema", None)
+        args: dict[str, Any] = {}
+        if schema is None:
+            args = {str(k): self._lookup(v) for k, v in enumerate(node.args)}
+        else:
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                args[argument.name] = self._lookup(value)
+            for argument in schema.arguments[len(node.args) :]:
+                if argument.name in node.kwargs:
+                    args[argument.name] = self._lookup(node.kwargs[argument.name])
+                elif argument.has_default_value() and argument.default_value is not None:
+                    args[argument.name] = argument.default_value
+        name = schema.name.split("::")[-1] if schema is not None else str(target)
+        path, kind = location(node)
+        where = " ".join(x for x in (path, f"[{kind}]" if kind else "", source_line(node)) if x)
+        self.channels.op = name
+        return Call(name, args, out, self.channels, target, self.exact, where)
+
+    def _rule(self, node: fx.Node, call: Call) -> Any:
+        tags = getattr(node.target, "tags", ())
+        rule = find(call.op) or (find("pointwise") if torch.Tag.pointwise in tags else None)
+        labels = list(_flat(list(call.args.values())))
+        if rule is None:
+            if any(label.layers for label in labels):
+                if self.unknown == "error":
+                    raise TraceError(
+                        f"no rule for operator {node.target} ({call.where}). Add one to cpd.rules, or comb "
+                        'with unknown="freeze", which keeps every channel it touches.'
+                    )
+                self.unruled[call.op] = call.where
+            for label in labels:
+                call.freeze_all(label, "operator without a rule")
+            results = [Labels(shape) for shape in call.out]
+            return results if isinstance(node.meta["val"], tuple | list) else results[0]
+        return rule(call)
+
+    def _mutated(self, node: fx.Node, call: Call) -> None:
+        """A write into a view changes what other views show: nothing behind it may be cut."""
+        schema = getattr(node.target, "_schema", None)
+        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
+            if not (argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node)):
+                continue
+            base = _base(value)
+            touched = {base, value, *_views(base)}
+            if call.op.endswith("_") and _sole_chain(base, value) and not _views(value):
+                continue
+            held = [self.env.get(other) for other in touched]
+            for label in _flat([*held, *call.args.values()]):
+                call.freeze_all(label, "written in place through a view")
+            for other in touched:
+                if isinstance(self.env.get(other), Labels):
+                    self.env[other] = Labels(self.env[other].shape)
+
+    def _note_activation(self, node: fx.Node, call: Call) -> None:
+        """Elements per sample and output channel of the op that first uses each tensor."""
+        for value in node.args:
+            name = self.trace.tensors.get(value.name) if isinstance(value, fx.Node) else None
+            if name is None or name in self.activation:
+                continue
+            shape = call.shape
+            axis = 1 if call.op.startswith(("conv", "batch_norm", "group_norm", "instance")) else -1
+            total = float(np.prod(shape)) / max(self.trace.batch, 1)
+            self.activation[name] = total / max(shape[axis] if shape else 1, 1)
+
+
+def _weight_groups(node: fx.Node) -> int:
+    """Return the groups of the convolution that a placeholder is the weight of; 1 otherwise."""
+    for user in node.users:
+        name = getattr(getattr(user.target, "_schema", None), "name", "")
+        if not name.startswith("aten::conv") or len(user.args) < 2 or user.args[1] is not node:
+            continue
+        names = [argument.name for argument in user.target._schema.arguments]  # type: ignore[union-attr]
+        if "groups" in names:
+            at = names.index("groups")
+            value = user.args[at] if len(user.args) > at else user.kwargs.get("groups", 1)
+            return value if isinstance(value, int) else 1
+    return 1
+
+
+def _shape(value: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in value.shape)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [item for item in value if isinstance(item, torch.Tensor)]
+    return []
+
+
+def _flat(value: Any) -> Iterable[Labels]:
+    if isinstance(value, Labels):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+
+
+def _is_view(node: fx.Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        if not (_is_view(node) or getattr(node.target, "__name__", "") == "getitem"):
+            break
+        node = node.args[0]
+    return node
+
+
+def _sole_chain(base: fx.Node, value: fx.Node) -> bool:
+    """Say whether nothing but `value` sees the storage of `base`."""
+    while value is not base:
+        value = value.args[0]  # type: ignore[assignment]
+        if len(value.users) > 1:
+            return False
+    return True
+
+
+def _views(node: fx.Node) -> list[fx.Node]:
+    found = []
+    for user in node.users:
+        if _is_view(user) or getattr(user.target, "__name__", "") == "getitem":
+            found += [user, *_views(user)]
+    return found

@@ -1,0 +1,75 @@
+"""Pointwise operators: aligned by broadcasting, united position by position.
+
+PyTorch tags them, so no list is kept: `find` is asked for by the tag `pointwise`. Whether a dead channel that
+is zero stays zero (relu does, sigmoid does not) is found by running the operator itself on zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..labels import Labels
+from .base import Call, align, rule
+
+
+@rule(
+    "pointwise", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "to", "_to_copy", "contiguous",
+    "clone", "alias", "detach", "type_as", "copy", "lift_fresh_copy", "lift_fresh", "fill", "prelu",
+)  # fmt: skip
+def pointwise(call: Call) -> Labels:
+    """y[i] = f(a[i], b[i], ...)."""
+    tensors = [(name, value) for name, value in call.args.items() if isinstance(value, Labels)]
+    if call.op.startswith("prelu"):
+        return _prelu(call)
+    if not tensors:
+        return Labels(call.shape)
+    operands = [(value, _names(value, len(call.shape))) for _, value in tensors]
+    names = [f"d{k}" for k in range(len(call.shape), 0, -1)]
+    keep = _zero_probe(call, [name for name, _ in tensors])
+    labels = align(call, operands, names, call.shape, zero=keep)
+    if all(value.uniform for _, value in tensors):
+        return Labels(call.shape, uniform=True)
+    return labels
+
+
+def _names(labels: Labels, rank: int) -> list[str]:
+    return [f"d{k}" for k in range(rank, 0, -1)][rank - len(labels.shape) :]
+
+
+def _prelu(call: Call) -> Labels:
+    """prelu: the slope has one entry for each channel (axis 1)."""
+    x, w = call.args["self"], call.args["weight"]
+    names = [f"d{k}" for k in range(len(x.shape))]
+    operands = [(x, names)]
+    if w.shape and w.shape[0] > 1:
+        operands.append((w, [names[1]]))
+    return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))
+
+
+def _zero_probe(call: Call, tensors: list[str]) -> Any:
+    """Return a function of zero flags that runs the op with zeros for the zero operands."""
+
+    def zero(flags: dict[int, bool]) -> bool:
+        if not any(flags.values()) or call.target is None:
+            return call.target is None and all(flags.values())
+        key = tuple(flags.get(number, False) for number in range(len(tensors)))
+        return all(_is_zero(call, tensors, key, value) for value in (0.7310, -1.2345))
+
+    return zero
+
+
+def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float) -> bool:
+    args = dict(call.args)
+    for name, zero in zip(tensors, zeros, strict=True):
+        args[name] = torch.full((1,), 0.0 if zero else value)
+    names = [argument.name for argument in call.target._schema.arguments]
+    positional = {n: a for n, a in zip(names, call.target._schema.arguments, strict=True)}
+    plain = [args[n] for n in names if n in args and not positional[n].kwarg_only]
+    keyword = {n: args[n] for n in names if n in args and positional[n].kwarg_only}
+    try:
+        result = call.target(*plain, **keyword)
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return False  # the op cannot be probed on one number: claim nothing
+    return bool((result == 0).all()) if isinstance(result, torch.Tensor) else False

@@ -1,0 +1,104 @@
+"""Sizes: which Python attribute holds which literal size of a traced call.
+
+A view in a forward carries numbers (`num_heads`, `head_dim`, ...) that must follow when channels go. The trace
+tells which literal carries channels and which module's code made the call; the attribute of that value is
+found on that module, or on the nearest module around it that has one. A literal with no attribute is taken to
+be computed from the tensors' own shapes; the trial in `comb` and the proof in `verify` tell when it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .labels import Mask, axis_size
+from .rules import Size
+
+_NORM_AND_CONV = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attribute (or one entry of a tuple or list) and the sizes that it holds."""
+
+    path: str
+    attribute: str
+    index: int | None
+    sizes: tuple[Size, ...]
+
+    def value(self, alive: Mask) -> int | None:
+        """Return the new value, or None where the sizes disagree.
+
+        A literal that happens to equal another one and does not change (the 3 of q, k, v beside 3 heads) has
+        no say.
+        """
+        found = {axis_size(size.labels, size.axis, alive) for size in self.sizes}
+        found -= {self.sizes[0].old} if len(found) > 1 else set()
+        return found.pop() if len(found) == 1 else None
+
+
+def find_sites(model: nn.Module, uses: Iterable[tuple[str, Size]]) -> list[Site]:
+    """Return the attributes behind literal sizes; `uses` are pairs of module path and size."""
+    by_place: dict[tuple[str, str, int | None], list[Size]] = {}
+    for path, size in uses:
+        for place in _places(model, path, size):
+            by_place.setdefault(place, []).append(size)
+    return [Site(*place, tuple(sizes)) for place, sizes in by_place.items()]
+
+
+def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int | None]]:
+    while True:
+        module = model.get_submodule(path)
+        if isinstance(module, _NORM_AND_CONV):
+            return [(path, size.arg, size.index if size.arg == "normalized_shape" else None)]
+        found = _attributes(module, size.old)
+        if isinstance(module, nn.MultiheadAttention):
+            found = [place for place in found if place[0] in ("num_heads", "head_dim")]
+        if found or not path:
+            return [(path, *place) for place in found]
+        path = path.rpartition(".")[0]
+
+
+def _attributes(module: nn.Module, value: int) -> list[tuple[str, int | None]]:
+    """Return the module's own integers (and entries of tuples and lists) of this value."""
+    found: list[tuple[str, int | None]] = []
+    for name, held in vars(module).items():
+        if _is(held, value):
+            found.append((name, None))
+        elif isinstance(held, tuple | list):
+            found += [(name, k) for k, entry in enumerate(held) if _is(entry, value)]
+    return found
+
+
+def _is(held: Any, value: int) -> bool:
+    return isinstance(held, int) and not isinstance(held, bool) and held == value
+
+
+def attribute_values(model: nn.Module, sites: Iterable[Site], alive: Mask) -> dict[str, dict[str, Any]]:
+    """Return module path -> attribute -> new value for all attributes that change."""
+    changes: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        new = site.value(alive)
+        old = site.sizes[0].old
+        if new is None or new == old:
+            continue
+        held = changes.get(site.path, {}).get(site.attribute)
+        if held is None:
+            held = getattr(model.get_submodule(site.path), site.attribute)
+        if site.index is None:
+            held = new
+        else:
+            entries = list(held)
+            entries[site.index] = new
+            held = type(held)(entries) if type(held) in (tuple, list) else tuple(entries)
+        changes.setdefault(site.path, {})[site.attribute] = held
+    return changes
+
+
+def of_ids(alive_classes: Mask, label: np.ndarray) -> Mask:
+    """Return per id what is given per class."""
+    return alive_classes[label]

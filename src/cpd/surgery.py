@@ -1,0 +1,116 @@
+"""Surgery: a copy of a module in which named tensors and attributes are other ones.
+
+The copy has the class of the original. Parameters keep their `requires_grad`, tied tensors stay tied, and the
+layers of `torch.nn` get the attributes that belong to their new shapes. Nothing here decides what to remove.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import CutMultiheadAttention
+
+Attributes = Mapping[str, Mapping[str, Any]]
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree that shares every parameter and buffer with the model."""
+    return _copy(model, {id(t): t for t in _tensors(model)})
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor], attributes: Attributes) -> nn.Module:
+    """Return a deep copy of `model` with `tensors` in place of those of the same name (any alias will do).
+
+    `attributes` maps module path -> attribute -> new value.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        old = getattr(model.get_submodule(owner), leaf)
+        if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        memo[id(old)] = tensor
+    result = _copy(model, memo)
+    for path, values in attributes.items():
+        module = result.get_submodule(path)
+        for name, value in values.items():
+            setattr(module, name, value)
+    touched = {name.rpartition(".")[0] for name in tensors} | set(attributes)
+    for path, module in result.named_modules(remove_duplicate=False):
+        if path in touched or isinstance(module, nn.MultiheadAttention):
+            refresh(module)
+    return result
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    # deepcopy keeps its own references alive in memo[id(memo)]; the tensors live in `model` meanwhile
+    return copy.deepcopy(model, dict(memo))
+
+
+def refresh(module: nn.Module) -> None:
+    """Set the attributes of a `torch.nn` layer to those of its tensors' shapes."""
+    for kind, update in _KNOWN:
+        if isinstance(module, kind):
+            update(module)
+            return
+
+
+def _linear(m: Any) -> None:
+    m.out_features, m.in_features = m.weight.shape
+
+
+def _conv(m: Any) -> None:
+    rows, columns = m.weight.shape[:2]
+    if m.transposed:
+        m.in_channels, m.out_channels = rows, columns * m.groups
+    else:
+        m.out_channels, m.in_channels = rows, columns * m.groups
+
+
+def _batch_norm(m: Any) -> None:
+    found = next((t for t in (m.weight, m.running_mean) if t is not None), None)
+    if found is not None:
+        m.num_features = found.shape[0]
+
+
+def _layer_norm(m: Any) -> None:
+    if m.weight is not None:
+        m.normalized_shape = tuple(m.weight.shape)
+
+
+def _group_norm(m: Any) -> None:
+    if m.weight is not None:
+        m.num_channels = m.weight.shape[0]
+
+
+def _embedding(m: Any) -> None:
+    m.num_embeddings, m.embedding_dim = m.weight.shape
+
+
+def _prelu(m: Any) -> None:
+    m.num_parameters = m.weight.shape[0]
+
+
+def _attention(m: Any) -> None:
+    CutMultiheadAttention.adopt(m)
+
+
+_KNOWN: tuple[tuple[Any, Callable[[Any], None]], ...] = (
+    (nn.Linear, _linear),
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.modules.batchnorm._NormBase, _batch_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    (nn.PReLU, _prelu),
+    (nn.MultiheadAttention, _attention),
+)

@@ -1,0 +1,152 @@
+"""Trace: the graph of one forward pass, with the names of its parameters and buffers.
+
+`torch.export` (non-strict) records ATen operators in evaluation mode, before decomposition: `conv2d`, `linear`
+and attention stay single ops. The model is traced through a copy that shares its tensors, so nothing on the
+model changes: no flag, hook, buffer or random state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import InputError, TraceError
+from .surgery import share
+
+Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`tensors[placeholder]` is a parameter's or buffer's name; `aliases[name]` its first name where tied."""
+
+    graph: fx.Graph
+    tensors: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def batch(self) -> int:
+        """Size of the first axis of the first tensor among the inputs; 1 where there is none."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.ndim > 0:
+                return int(value.shape[0])
+        return 1
+
+
+def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as (args, kwargs): a tensor, a tuple of arguments, or a dict of keywords."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise InputError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of arguments or a dict "
+        "of keyword arguments, as the model's forward takes them"
+    )
+
+
+@contextmanager
+def quiet_state() -> Iterator[None]:
+    """Keep the random state, and make attention layers show their operators instead of a fused fast path."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
+    """Trace a model in evaluation mode on example inputs.
+
+    Raises `InputError` where the model does not run on the inputs, `TraceError` where it runs but cannot be
+    exported.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    args, kwargs = split_inputs(example_inputs)
+    copy = share(model).eval()
+    with quiet_state():
+        try:
+            exported = torch.export.export(copy, args, kwargs, strict=False)
+        except Exception as error:  # noqa: BLE001 - whatever the exporter or the model raises, say which
+            raise _explained(copy, args, kwargs, error) from error
+    return _trace_of(model, exported, args, kwargs)
+
+
+def _explained(copy: nn.Module, args: tuple, kwargs: dict, error: Exception) -> Exception:
+    shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in args]
+    shapes += [f"{k}={tuple(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in kwargs.items()]
+    name = type(copy).__name__
+    try:
+        with torch.no_grad():
+            copy(*args, **kwargs)
+    except Exception as failure:  # noqa: BLE001 - any error of the user's forward is reported as such
+        return InputError(
+            f"{name} does not run on these example inputs {shapes}: {type(failure).__name__}: {failure}. "
+            "Give inputs as its forward takes them: a tensor, a tuple of arguments or a dict of keywords."
+        )
+    text = str(error).strip().splitlines() or [""]
+    return TraceError(
+        f"{name} runs on {shapes} but torch.export cannot trace it: {type(error).__name__}: {text[0]} "
+        "Make control flow independent of tensor values, or comb a submodule that exports."
+    )
+
+
+def _trace_of(model: nn.Module, exported: Any, args: tuple, kwargs: dict) -> Trace:
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in named_tensors(model):
+        aliases[name] = first.setdefault(id(tensor), name)
+        shapes[name] = tuple(tensor.shape)
+    signature = exported.graph_signature
+    tensors = {}
+    for table in (signature.inputs_to_parameters, signature.inputs_to_buffers):
+        for placeholder, name in table.items():
+            tensors[placeholder] = aliases[name]
+    constants = {
+        placeholder: exported.constants[name]
+        for placeholder, name in signature.inputs_to_lifted_tensor_constants.items()
+    }
+    return Trace(exported.graph, tensors, constants, aliases, args, kwargs, shapes)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return all parameters and buffers by all their names, tied ones under each."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def location(node: fx.Node) -> tuple[str, str]:
+    """Return the innermost module's path and class of a node; ("", "") at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "", ""
+    path, kind = list(stack.values())[-1]
+    kind = kind if isinstance(kind, str) else kind.__name__
+    return path.split("@")[0].removeprefix("L['self'].").removeprefix("L['self']"), kind.rsplit(".", 1)[-1]
+
+
+def source_line(node: fx.Node) -> str:
+    """Return "file:line" of the Python code that made a node, or ""."""
+    text = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    file, _, rest = lines[-1].removeprefix("File ").partition(", line ")
+    return f"{file.strip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0]}"

@@ -1,0 +1,129 @@
+"""Trial: which units the network's own Python code can follow.
+
+A unit may be free in the graph and still not be removable, because the forward of some module carries a size
+that no attribute holds. So the units whose sizes appear as literals are cut once on the meta device, where
+nothing is computed: if the copy runs and puts out the same shapes, its code follows; if not, they are kept,
+with the error as the reason. Kinds of units that occur many times are tried once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .groups import Groups
+from .labels import Mask, new_shape
+from .sizes import attribute_values
+from .surgery import rebuild
+from .trace import location, quiet_state
+from .units import Family
+
+
+def freeze_unfollowed(groups: Groups) -> None:
+    """Keep the units of families that the network's code cannot follow."""
+    suspects = _suspects(groups)
+    if not suspects:
+        return
+    run = _runner(groups)
+    if run(_without(groups, [f for kind in suspects.values() for f in kind])) is None:
+        return
+    for kind in suspects.values():
+        error = run(_without(groups, kind))
+        if error is not None:
+            _freeze(groups, kind, f"the code cannot follow: {error}")
+    kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
+    error = run(_without(groups, kept))
+    if error is not None:
+        _freeze(groups, kept, f"the code cannot follow together with others: {error}")
+
+
+def _suspects(groups: Groups) -> dict[object, list[Family]]:
+    """Families that change a literal size, by the classes of the modules whose literals they change."""
+    label, model = groups.units.label, groups.model
+    places: dict[int, set[tuple[str, str]]] = {}
+    for step in groups.steps:
+        for size in step.sizes:
+            path = location(step.node)[0]
+            kind = type(model.get_submodule(path)).__name__
+            for layer in size.labels.layers:
+                if size.axis in layer.axes:
+                    for c in np.unique(label[layer.ids]).tolist():
+                        places.setdefault(c, set()).add((kind, size.arg))
+    found: dict[object, list[Family]] = {}
+    for family in groups.units.families:
+        closure = groups.units.closure(int(c) for cluster in family.clusters for c in cluster)
+        key = frozenset().union(*(places.get(c, set()) for c in closure.tolist()))
+        if key:
+            found.setdefault((family.kind, key), []).append(family)
+    return found
+
+
+def _without(groups: Groups, families: Iterable[Family]) -> Mask:
+    """Return the classes left when about half of the units of each family are gone."""
+    alive = groups.everything()
+    for family in families:
+        gone = max(1, min(family.size, family.width - 1) // 2) if family.width > 1 else 0
+        alive[groups.units.closure(int(c) for k in family.clusters for c in k[:gone])] = False
+    return alive
+
+
+def _runner(groups: Groups) -> Callable[[Mask], str | None]:
+    """Return a function that cuts on the meta device, runs, and tells the error or None."""
+    device = "meta"
+    if _run(groups.model, groups, groups.everything(), device, None) is not None:
+        device = "cpu"  # the code needs values: try on real tensors of the new shapes
+    expected = _output_shapes(groups)
+    return lambda alive: _run(groups.model, groups, alive, device, expected)
+
+
+def _output_shapes(groups: Groups) -> list[tuple[int, ...]]:
+    output = next(iter(reversed(groups.trace.graph.nodes)))
+    return [tuple(x.meta["val"].shape) for x in output.args[0] if hasattr(x, "meta") and hasattr(x.meta.get("val"), "shape")]
+
+
+def _run(
+    model: nn.Module, groups: Groups, alive: Mask, device: str, expected: list[tuple[int, ...]] | None
+) -> str | None:
+    of_ids = alive[groups.units.label]
+    tensors = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        labels = groups.labels[groups.trace.aliases[name]]
+        shape = new_shape(labels, of_ids) if labels.layers else tuple(tensor.shape)
+        if device == "meta":
+            tensors[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        elif shape != tuple(tensor.shape):
+            tensors[name] = tensor.detach()[tuple(slice(0, n) for n in shape)]
+    small = rebuild(model, tensors, attribute_values(model, groups.sites, of_ids)).eval()
+    args, kwargs = _to(groups.trace.args, device), _to(groups.trace.kwargs, device)
+    try:
+        with quiet_state(), torch.no_grad():
+            out = small(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - any failure of the model's code is the answer sought
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+    if expected is not None and sorted(shapes) != sorted(expected):
+        return f"puts out {shapes} instead of {expected}"
+    return None
+
+
+def _to(value: Any, device: str) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value
+    )
+
+
+def _freeze(groups: Groups, families: list[Family], why: str) -> None:
+    """Take families out of choice, and remember why for the channels that only they could remove."""
+    units = groups.units
+    units.reasons.append(why)
+    for family in families:
+        if family not in units.families:
+            continue
+        units.families = [f for f in units.families if f is not family]
+        flat = np.concatenate([np.asarray(c) for c in family.clusters])
+        units.frozen[flat[units.frozen[flat] < 0]] = len(units.reasons) - 1
+

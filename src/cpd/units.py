@@ -1,0 +1,320 @@
+"""Units: the smallest sets of channels that can be removed together.
+
+Solves the relations recorded in `Channels`. Ids become *classes* (one class = one channel, however many
+tensors it runs through). Classes that rows and columns bind form *families*: a family is a list of clusters of
+equal width, and removing its k-th unit removes one class from every cluster: one channel; one head; one conv
+group; one channel from each head.
+
+NumPy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .channels import Channels, Fold, Ids, components
+
+KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups", "group channels")}
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Units of one kind: unit k removes one class of each cluster. `width` counts the frozen ones too."""
+
+    kind: str
+    clusters: tuple[Ids, ...]
+    width: int
+
+    @property
+    def size(self) -> int:
+        """The number of units that can be removed, in the order of each cluster."""
+        return min(len(cluster) for cluster in self.clusters)
+
+
+@dataclass
+class Units:
+    """The solution: `label[id]` is the class of an id; `reason[class]` why it stays, or None."""
+
+    label: Ids
+    count: int
+    reasons: list[str]
+    frozen: Ids
+    families: list[Family]
+    below: dict[int, Ids]
+    nonempty: list[Ids]
+    bound: NDArray[np.bool_]
+
+    def closure(self, classes: Iterable[int]) -> Ids:
+        """Return the classes and, for blocks, everything that dies with them."""
+        found: set[int] = set()
+        todo = [int(c) for c in classes]
+        while todo:
+            c = todo.pop()
+            if c not in found:
+                found.add(c)
+                todo.extend(self.below.get(c, ()))
+        return np.fromiter(sorted(found), np.int64, len(found))
+
+    def reason(self, c: int) -> str | None:
+        """Return why a class stays, or None where it may go."""
+        return None if self.frozen[c] < 0 else self.reasons[self.frozen[c]]
+
+
+@dataclass
+class _Bound:
+    """A fold in terms of classes: items (rows, columns), the classes of its rows and columns."""
+
+    items: Ids
+    rows: Ids
+    columns: Ids | None
+    op: str
+
+
+def solve(channels: Channels) -> Units:
+    """Solve the relations and return classes, frozen ones with reasons, and families of units."""
+    roots = channels.labels()
+    unique, label = np.unique(roots, return_inverse=True)
+    solver = _Solver(label.astype(np.int64), len(unique), channels)
+    solver.close()
+    solver.substitute()
+    solver.freeze()
+    return solver.result()
+
+
+class _Solver:
+    def __init__(self, label: Ids, count: int, channels: Channels) -> None:
+        self.label, self.count, self.channels = label, count, channels
+        self.bounds = [self._bind(fold) for fold in channels.folds]
+        self.reasons: list[str] = []
+        self.frozen = np.empty(0, np.int64)
+        self.conflicts: list[Ids] = []
+        self.blocks: set[int] = set()
+
+    def _bind(self, fold: Fold) -> _Bound:
+        items = self.label[fold.ids]
+        rows = self._fresh(len(items)) if fold.rows is None else self.label[fold.rows]
+        columns = None
+        if fold.tied:
+            fresh = fold.columns is None
+            columns = self._fresh(items.shape[1]) if fresh else self.label[fold.columns]
+        return _Bound(items, rows, columns, fold.op)
+
+    def _fresh(self, count: int) -> Ids:
+        self.count += count
+        return np.arange(self.count - count, self.count, dtype=np.int64)
+
+    def close(self) -> None:
+        """Unite blocks of equal rows, and blocks of one channel with it, until nothing changes."""
+        while True:
+            edges: list[tuple[int, int]] = []
+            block_of: dict[bytes, int] = {}
+            for bound in self.bounds:
+                sides = [(bound.items, bound.rows)]
+                if bound.columns is not None:
+                    sides.append((bound.items.T, bound.columns))
+                for items, blocks in sides:
+                    _equal_rows(np.sort(items, axis=1), blocks, block_of, edges)
+            if not edges:
+                return
+            pairs = np.array(edges, dtype=np.int64)
+            self._relabel(components(self.count, pairs[:, 0], pairs[:, 1]))
+
+    def _relabel(self, roots: Ids) -> None:
+        unique, compact = np.unique(roots, return_inverse=True)
+        self.count, self.label = len(unique), compact[self.label]
+        for bound in self.bounds:
+            bound.items, bound.rows = compact[bound.items], compact[bound.rows]
+            if bound.columns is not None:
+                bound.columns = compact[bound.columns]
+
+    def substitute(self) -> None:
+        """Express rows that consist of smaller rows by the blocks of these, so that no two rows overlap."""
+        for _ in range(8):
+            smallest = self._smallest()
+            changed = False
+            for bound in self.bounds:
+                changed |= self._substitute(bound, smallest)
+            if not changed:
+                break
+            self.close()
+        self._find_conflicts()
+
+    def _smallest(self) -> dict[int, tuple[int, Ids]]:
+        smallest: dict[int, tuple[int, Ids]] = {}
+        for bound in self.bounds:
+            for row, block in zip(bound.items, bound.rows, strict=True):
+                items = np.unique(row)
+                for item in items.tolist():
+                    if item not in smallest or len(items) < len(smallest[item][1]):
+                        smallest[item] = (int(block), items)
+        return smallest
+
+    def _substitute(self, bound: _Bound, smallest: dict[int, tuple[int, Ids]]) -> bool:
+        if bound.columns is not None:
+            return False
+        rows = []
+        for row in bound.items:
+            items = np.unique(row)
+            parts = {smallest[item][0]: smallest[item][1] for item in items.tolist()}
+            if len(parts) == 1 or sum(len(p) for p in parts.values()) != len(items):
+                return False
+            rows.append(list(dict.fromkeys(smallest[item][0] for item in row.tolist())))
+        if len({len(row) for row in rows}) > 1:
+            return False
+        bound.items = np.array(rows, dtype=np.int64)
+        return True
+
+    def _find_conflicts(self) -> None:
+        row_of: dict[int, bytes] = {}
+        bad: set[bytes] = set()
+        rows: dict[bytes, Ids] = {}
+        for bound in self.bounds:
+            for row in bound.items:
+                items, counts = np.unique(row, return_counts=True)
+                key = items.tobytes()
+                rows[key] = items
+                if len(set(counts.tolist())) > 1:
+                    bad.add(key)
+                for item in items.tolist():
+                    if row_of.setdefault(item, key) != key:
+                        bad |= {key, row_of[item]}
+        self.conflicts = [rows[key] for key in bad]
+
+    def freeze(self) -> None:
+        """Spread the frozen classes: a row that keeps a channel stays, and so does a tied column."""
+        self.frozen = np.full(self.count, -1, dtype=np.int64)
+        index: dict[str, int] = {}
+        for ids, reason in self.channels.frozen:
+            self._mark(self.label[ids], index.setdefault(reason, len(index)))
+        overlap = "rows of different partitions overlap"
+        for items in self.conflicts:
+            self._mark(items, index.setdefault(overlap, len(index)))
+        self.reasons = list(index)
+        before = -1
+        while before != (before := int((self.frozen >= 0).sum())):
+            for bound in self.bounds:
+                self._spread(bound)
+
+    def _mark(self, classes: Ids, reason: int) -> None:
+        open_ = classes[self.frozen[classes] < 0]
+        self.frozen[open_] = reason
+
+    def _spread(self, bound: _Bound) -> None:
+        marks = self.frozen[bound.items]
+        for row in np.flatnonzero((marks >= 0).any(1)):
+            self._mark(bound.rows[row : row + 1], int(marks[row].max()))
+        if bound.columns is None:
+            return
+        for column in np.flatnonzero((marks >= 0).any(0)):
+            self._mark(bound.columns[column : column + 1], int(marks[:, column].max()))
+        rows, columns = self.frozen[bound.rows] >= 0, self.frozen[bound.columns] >= 0
+        for row, column in np.argwhere(rows[:, None] & columns[None]):
+            self._mark(bound.items[row, column : column + 1], int(self.frozen[bound.rows[row]]))
+
+    def result(self) -> Units:
+        below = self._below()
+        families, bound_items = self._bundles()
+        families += self._blocks(bound_items)
+        nonempty = [np.unique(self.label[ids]) for ids in self.channels.nonempty]
+        bound = np.zeros(self.count, bool)
+        for fold in self.bounds:
+            for classes in (fold.items, fold.rows, fold.columns):
+                if classes is not None:
+                    bound[classes] = True
+        return Units(
+            self.label, self.count, self.reasons, self.frozen, families, below, nonempty, bound
+        )
+
+    def _below(self) -> dict[int, Ids]:
+        parts: dict[int, list[Ids]] = {}
+        for bound in self.bounds:
+            for row, block in zip(bound.items, bound.rows.tolist(), strict=True):
+                parts.setdefault(block, []).append(row)
+            if bound.columns is not None:
+                for column, block in zip(bound.items.T, bound.columns.tolist(), strict=True):
+                    parts.setdefault(block, []).append(column)
+        return {
+            block: (np.setdiff1d(np.concatenate(rows), [block])) for block, rows in parts.items()
+        }
+
+    def _bundles(self) -> tuple[list[Family], set[int]]:
+        """Join folds that share a row: their live rows all keep the same number."""
+        row_bound: dict[bytes, int] = {}
+        edges = [(0, 0)]
+        for number, bound in enumerate(self.bounds):
+            for row in bound.items:
+                key = np.unique(row).tobytes()
+                edges.append((row_bound.setdefault(key, number), number))
+        pairs = np.array(edges, dtype=np.int64)
+        joined = components(max(len(self.bounds), 1), pairs[:, 0], pairs[:, 1])
+        families, taken = [], set()
+        self.blocks = {int(block) for bound in self.bounds for block in bound.rows}
+        for root in np.unique(joined[: len(self.bounds)]):
+            members = [self.bounds[k] for k in np.flatnonzero(joined[: len(self.bounds)] == root)]
+            family, items = self._bundle(members)
+            taken |= items
+            if family is not None:
+                families.append(family)
+        return families, taken
+
+    def _bundle(self, bounds: list[_Bound]) -> tuple[Family | None, set[int]]:
+        tied = [bound for bound in bounds if bound.columns is not None]
+        taken: set[int] = set()
+        clusters: dict[bytes, Ids] = {}
+        for bound in tied:
+            assert bound.columns is not None
+            taken |= set(bound.items.ravel().tolist()) | set(bound.columns.tolist())
+            clusters[np.sort(bound.columns).tobytes()] = bound.columns
+        in_ties = {int(item) for bound in tied for item in bound.items.ravel()}
+        for bound in bounds:
+            for row in bound.items:
+                items = np.unique(row)
+                taken |= set(items.tolist())
+                if not set(items.tolist()) & in_ties:
+                    clusters.setdefault(items.tobytes(), items)
+        width = max(len(c) for c in clusters.values())
+        if len({len(c) for c in clusters.values()}) > 1 or _share(clusters.values()):
+            return None, taken
+        free = tuple(c[self.frozen[c] < 0] for c in clusters.values())
+        of_blocks = any(int(item) in self.blocks for cluster in clusters.values() for item in cluster)
+        kinds = KINDS.get(_kind(bounds[0].op), ("heads", "head dims"))
+        family = Family(kinds[0 if of_blocks and not tied else 1], free, width)
+        return (family if family.size else None), taken
+
+    def _blocks(self, bound_items: set[int]) -> list[Family]:
+        """Whole rows as units: heads, conv groups. Those that are items of a larger fold are there already."""
+        families = []
+        seen: set[bytes] = set()
+        for bound in self.bounds:
+            blocks = np.array([b for b in np.unique(bound.rows).tolist() if b not in bound_items])
+            free = blocks[self.frozen[blocks] < 0] if len(blocks) else blocks
+            if len(blocks) > 1 and len(free) and blocks.tobytes() not in seen:
+                seen.add(blocks.tobytes())
+                kind = KINDS.get(_kind(bound.op), ("heads", "head dims"))[0]
+                families.append(Family(kind, (free,), len(blocks)))
+        return families
+
+
+def _kind(op: str) -> str:
+    return "conv" if op.startswith("conv") else op
+
+
+def _share(clusters: Iterable[Ids]) -> bool:
+    flat = np.concatenate(list(clusters))
+    return len(np.unique(flat)) < len(flat)
+
+
+def _equal_rows(
+    rows: Ids, blocks: Ids, block_of: dict[bytes, int], edges: list[tuple[int, int]]
+) -> None:
+    single = rows[:, 0] == rows[:, -1]
+    for row, block, one in zip(rows, blocks.tolist(), single.tolist(), strict=True):
+        if one and int(row[0]) != block:
+            edges.append((int(row[0]), block))
+        found = block_of.setdefault(row.tobytes(), block)
+        if found != block:
+            edges.append((found, block))
