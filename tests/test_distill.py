@@ -1,4 +1,4 @@
-"""The training loop: exact, resumable, the same on one process or several, and clear when it fails."""
+"""The training loop: exact, resumable, one process or several alike, and clear when it fails."""
 
 from __future__ import annotations
 

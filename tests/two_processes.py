@@ -1,4 +1,4 @@
-"""What the two-process tests run: ``python -m torch.distributed.run --nproc-per-node 2 … MODE OUT``."""
+"""What the two-process tests run: ``python -m torch.distributed.run … MODE OUT``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAMPLES = 96
 
 
 class Split:
-    """Data of Gaussian blobs; float64, so that the order of a sum shows only far behind the point."""
+    """Data of Gaussian blobs; float64, so that the order of a sum hardly shows."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)

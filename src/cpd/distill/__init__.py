@@ -13,7 +13,7 @@ from torch import nn
 from cpd import data as data_shelf
 from cpd import losses as loss_shelf
 from cpd import tasks as task_shelf
-from cpd.distill.batches import Batches
+from cpd.distill.batches import Batches, examples
 from cpd.distill.callbacks import Callback, State
 from cpd.distill.checkpoint import read, write
 from cpd.distill.evaluate import evaluate
@@ -35,6 +35,7 @@ __all__ = [
     "derive",
     "distill",
     "evaluate",
+    "examples",
     "isolated",
     "read",
     "snapshot",

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from cpd.distill.seeds import derive, seed_all
 from cpd.errors import InputError
 
-__all__ = ["Batches", "parts", "size", "to_device", "unpack"]
+__all__ = ["Batches", "examples", "parts", "size", "to_device", "unpack"]
 
 
 def _mapped(batch: Any, change: Any) -> Any:
@@ -87,6 +87,15 @@ def unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs), targets
     return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}, targets
+
+
+def examples(source: Any, rows: int = 2) -> Any:
+    """The inputs of the first samples of a source, as a network is called: tensor, tuple or dict."""
+    batch = next(iter(Batches(source, rows, seed=0, train=False).epoch(0)))
+    args, kwargs, _ = unpack(_mapped(batch, lambda tensor: tensor[:rows] if tensor.ndim else tensor))
+    if kwargs:
+        return kwargs
+    return args[0] if len(args) == 1 else args
 
 
 class _Seeded(Dataset[Any]):

@@ -1,0 +1,224 @@
+"""Value: every decision of a run. One field is one key of the YAML, one flag and one keyword."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cpd.distill import LoopOptions, TrainOptions, coerce
+from cpd.errors import InputError, UnknownName
+
+__all__ = ["BenchOptions", "CompressConfig", "plain"]
+
+# What changes where a run writes or how it is measured, but no weight: may differ on resume.
+FREE = ("output", "overwrite", "resume", "onnx", "bench")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How latency is measured, before and after.
+
+    Attributes:
+        runs: timed runs. warmup: untimed runs before them.
+        batch: samples of a run.
+        threads: threads of the runtime; nothing: as many as there are cores.
+    """
+
+    runs: int = 1000
+    warmup: int = 50
+    batch: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be measured, before anything is trained."""
+        for name in ("runs", "warmup", "batch", "threads"):
+            value, least = getattr(self, name), 0 if name == "warmup" else 1
+            if value is not None and (not isinstance(value, int) or value < least):
+                text = f"bench.{name} must be a whole number of at least {least}, got {value!r}"
+                raise InputError(text)
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """Every decision of ``cpd.compress``.
+
+    Attributes:
+        target: the costs to reach, as shares of the unpruned network: "macs=0.5", or a mapping.
+        data: a name of the data shelf, a mapping of it to its options, or an object of your own.
+        model: where the network comes from; to Python a callable that makes it.
+        model_args: keyword arguments of that callable.
+        weights: a safetensors file with the unpruned network's weights.
+        task: a name of the task shelf, a mapping of it to its options, or an object of your own.
+        importance: a name of the importance shelf, or a callable.
+        teacher: "self" (the unpruned network), another network, or nothing.
+        losses: distillation losses: a name, or a mapping of names to options with their weight.
+        base: how the unpruned network is trained first; nothing: it comes trained.
+        ignore: modules or names whose width stays.
+        exact: keep the width of all that feeds a statistic across channels.
+        unknown: what to do at an operation without a rule: "freeze" or "error".
+        interval: steps over which importance is accumulated before each pruning event.
+        events: pruning events until the target; nothing: as many as ``step`` asks for, or 10.
+        step: largest share of a cost to take at one event, in place of ``events``.
+        ranking: which units compete: "isomorphic", "global" or "uniform".
+        multiple_of: widths are cut to multiples of it.
+        min_keep: share of each group that stays.
+        limits: for single groups, by name.
+        unreachable: "error", or "closest" for the plan nearest to a target out of reach.
+        prune: how a step is taken while units are pruned.
+        recover: how the cut network is trained.
+        onnx: export both networks and measure their latency.
+        bench: how.
+        seed: of everything random.
+        output: folder for the artefact, the report, the log and the checkpoints.
+        overwrite: replace a run that is there already.
+        resume: go on from the last checkpoint in ``output``, where there is one.
+    """
+
+    target: Any
+    data: Any
+    model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    task: Any = "classification"
+    importance: Any = "hessian"
+    teacher: Any = "self"
+    losses: Any = "kd"
+    base: TrainOptions | None = None
+    ignore: list[str] = field(default_factory=list)
+    exact: bool = False
+    unknown: str = "freeze"
+    interval: int = 50
+    events: int | None = None
+    step: float | None = None
+    ranking: str = "isomorphic"
+    multiple_of: int = 1
+    min_keep: float = 0.1
+    limits: dict[str, Any] | None = None
+    unreachable: str = "error"
+    prune: LoopOptions = field(default_factory=LoopOptions)
+    recover: TrainOptions = field(default_factory=TrainOptions)
+    onnx: bool = True
+    bench: BenchOptions = field(default_factory=BenchOptions)
+    seed: int = 0
+    output: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+
+    @classmethod
+    def of(cls, **values: Any) -> CompressConfig:
+        """A configuration from keywords; stages may be mappings.
+
+        Raises:
+            UnknownName: a keyword, or a key of a stage, that does not exist.
+            InputError: a value that cannot work.
+        """
+        valid = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in valid:
+                raise UnknownName("keyword of compress", name, valid)
+        for name, kind in (("prune", LoopOptions), ("recover", TrainOptions)):
+            values[name] = coerce(kind, values.get(name))
+        if values.get("base") is not None:
+            values["base"] = coerce(TrainOptions, values["base"])
+        if isinstance(values.get("bench"), Mapping):
+            values["bench"] = _bench(values["bench"])
+        if values.get("output") is not None:
+            values["output"] = str(values["output"])
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is trained."""
+        shares(self.target)
+        if isinstance(self.teacher, str) and self.teacher != "self":
+            text = f"teacher must be 'self', a network or None, got {self.teacher!r}"
+            raise InputError(text)
+        for name in ("interval", "events"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.step is not None and not 0 < self.step <= 1:
+            raise InputError(f"step must be above 0 and at most 1, got {self.step!r}")
+        if self.step is not None and self.events is not None:
+            raise InputError("give events (how many) or step (how much at once), not both")
+        if self.resume and self.output is None:
+            raise InputError("resume=True needs output=, the folder with the checkpoint")
+
+    @property
+    def count(self) -> int:
+        """Pruning events until the target."""
+        if self.step is None:
+            return self.events or 10
+        most = max(1 - share for share in shares(self.target).values())
+        return max(1, math.ceil(most / self.step - 1e-9))
+
+    def target_at(self, event: int) -> dict[str, float]:
+        """The target of an event (from 1): on a straight line from 1 to the final one."""
+        done = event / self.count
+        return {cost: 1 - (1 - share) * done for cost, share in shares(self.target).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it; objects by their name."""
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+
+    def fingerprint(self) -> str:
+        """All that decides the weights, as JSON: what a checkpoint must agree with."""
+        kept = {name: value for name, value in self.to_dict().items() if name not in FREE}
+        return json.dumps(kept, sort_keys=True)
+
+
+def _bench(values: Mapping[str, Any]) -> BenchOptions:
+    valid = [item.name for item in fields(BenchOptions)]
+    for name in values:
+        if name not in valid:
+            raise UnknownName("key of bench", name, valid)
+    return BenchOptions(**values)
+
+
+def shares(target: Any) -> dict[str, float]:
+    """Cost → share of a target: "macs=0.5", "macs=0.5,params=0.6", or a mapping.
+
+    Raises:
+        InputError: another form, or a share that is not above 0 and at most 1.
+    """
+    if isinstance(target, str):
+        pairs = [part.partition("=")[::2] for part in target.split(",")]
+    elif isinstance(target, Mapping) and target:
+        pairs = [(str(cost), share) for cost, share in target.items()]
+    else:
+        raise InputError(f'target must be like "macs=0.5" or a mapping of costs, got {target!r}')
+    found = {cost.strip(): _share(cost.strip(), value) for cost, value in pairs}
+    if len(found) < len(pairs):
+        raise InputError(f"target names a cost twice: {target!r}")
+    return found
+
+
+def _share(cost: str, value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f'target {cost}={value!r} is not a number; write "macs=0.5"') from error
+    if not 0 < share <= 1:
+        raise InputError(
+            f"target {cost}={share:g} must be above 0 and at most 1: the share of the unpruned "
+            "network's cost that is left"
+        )
+    return share
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: options as mappings, objects by what they came from or are."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    if isinstance(value, LoopOptions | BenchOptions):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(getattr(value, "spec", None), str):
+        return value.spec
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -1,0 +1,106 @@
+"""What a run gained: both networks measured on the same data and by the same runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cpd import costs, exporters
+from cpd.compress.run import Run
+from cpd.costs import latency
+from cpd.distill import Batches, evaluate
+from cpd.groups import Groups
+from cpd.plan import Plan
+from cpd.report import Measures, Report, environment
+
+__all__ = ["report"]
+
+FILES = {"before": "base.onnx", "after": "model.onnx"}
+
+
+def report(
+    run: Run, networks: Mapping[str, nn.Module], groups: Groups, plan: Plan, proof: str
+) -> Report:
+    """The report on the networks "before" and "after". Only the main process measures latency."""
+    run.tell("on_event", "measure", {})
+    found = {name: _counted(run, network) for name, network in networks.items()}
+    if run.config.onnx and run.main:
+        for name, more in _timed(run, networks).items():
+            found[name] |= more
+    config = run.config
+    return Report(
+        before=Measures(**found["before"]),
+        after=Measures(**found["after"]),
+        history=run.journal.history,
+        widths=plan.widths,
+        frozen=groups.frozen,
+        config=config.to_dict(),
+        environment=environment() if run.main and config.onnx else {},
+        proof=proof,
+        title=f"{config.model or type(networks['before']).__name__} → {_shown(config.target)}",
+    )
+
+
+def _shown(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return ", ".join(f"{cost}={share:g}" for cost, share in target.items())
+
+
+def _counted(run: Run, network: nn.Module) -> dict[str, Any]:
+    """Metrics on the test data (or, without, the validation data), parameters and MACs."""
+    source = getattr(run.data, "test", None)
+    source = getattr(run.data, "val", None) if source is None else source
+    accuracy = {}
+    if source is not None:
+        batches = _batches(run, source)
+        accuracy = evaluate(network.to(run.device), batches, run.task, run.device)
+        network.to(run.home)
+    return {
+        "accuracy": accuracy,
+        "params": costs.params(network),
+        "macs": costs.macs(network, run.example_inputs),
+    }
+
+
+def _batches(run: Run, source: Any) -> Batches:
+    from accelerate import PartialState
+
+    state, size = PartialState(), run.config.recover.batch_size
+    return Batches(
+        source, size, seed=0, train=False, rank=state.process_index, world=state.num_processes
+    )
+
+
+def _timed(run: Run, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """Both networks as ONNX: size of the file and latency, measured in turns."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = run.journal.folder or Path(temporary)
+        paths = {}
+        for name, network in networks.items():
+            run.tell("on_event", "export", {"network": name})
+            path = folder / FILES[name]
+            paths[name] = exporters.onnx(network, run.example_inputs, path)
+        bench = run.config.bench
+        times = latency.compare(
+            list(paths.values()),
+            runs=bench.runs,
+            warmup=bench.warmup,
+            batch=bench.batch,
+            threads=bench.threads,
+            progress=_progress(run),
+        )
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+    pairs = zip(networks, times, strict=True)
+    return {name: {"onnx_bytes": sizes[name], "latency": time} for name, time in pairs}
+
+
+def _progress(run: Run) -> Callable[[int, int], None]:
+    def told(done: int, total: int) -> None:
+        run.tell("on_event", "bench", {"done": done, "of": total})
+
+    return told

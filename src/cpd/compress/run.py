@@ -1,0 +1,242 @@
+"""The parts of the way, each able to begin where a checkpoint left off."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpd import data as data_shelf
+from cpd import importance as importance_shelf
+from cpd import losses as loss_shelf
+from cpd import tasks as task_shelf
+from cpd.comb import comb
+from cpd.compress.config import CompressConfig
+from cpd.compress.events import Events
+from cpd.compress.journal import Journal, load_weights
+from cpd.cut import cut
+from cpd.distill import (
+    Callback,
+    Loop,
+    LoopOptions,
+    Pieces,
+    State,
+    examples,
+    snapshot,
+)
+from cpd.distill.callbacks import Callbacks
+from cpd.errors import InputError, VerifyError
+from cpd.groups import Groups
+from cpd.plan import Plan
+from cpd.verify import verify
+
+__all__ = ["Run", "built"]
+
+STAGES = ("base", "prune", "recover")
+
+
+def built(model: nn.Module | Callable[..., nn.Module], config: CompressConfig) -> nn.Module:
+    """A private copy of the network given, or the network that a callable makes.
+
+    Raises:
+        InputError: the callable gives something else, or the weights do not fit.
+    """
+    if isinstance(model, nn.Module):
+        if config.model_args:
+            raise InputError("model_args go with a callable that makes the network, not a network")
+        made = copy.deepcopy(model)
+    else:
+        made = model(**config.model_args)
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{config.model or model!r} gave {type(made).__name__}, not a network")
+    if config.weights is None:
+        return made
+    try:
+        made.load_state_dict(load_weights(Path(config.weights)))
+    except RuntimeError as error:
+        raise InputError(f"the weights in {config.weights} do not fit: {error}") from error
+    return made
+
+
+class Recorder(Callback):
+    """Notes steps and evaluations in the journal, and saves where a stage asks for it."""
+
+    def __init__(self, journal: Journal, save: Callable[[], None] | None = None) -> None:
+        """``save`` is called after every evaluation."""
+        self.journal, self.save = journal, save
+
+    def after_step(self, state: State) -> None:
+        """A line in the log."""
+        losses = {name: value for name, value in state.losses.items() if name != "total"}
+        self.journal.log(
+            phase=state.stage,
+            event="step",
+            step=state.step,
+            loss=state.losses["total"],
+            lr=state.rate,
+            terms=losses,
+        )
+
+    def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:
+        """A line in the log and the history; then the checkpoint."""
+        newest = state.history[-1]
+        self.journal.record(
+            phase=state.stage,
+            event="eval",
+            step=state.step,
+            epoch=state.epoch,
+            loss=newest["losses"].get("total"),
+            lr=newest["rate"],
+            **metrics,
+        )
+        if self.save is not None:
+            self.save()
+
+
+class Run:
+    """One run: what was given, resolved, and the parts of the way as methods."""
+
+    def __init__(
+        self,
+        config: CompressConfig,
+        model: nn.Module,
+        *,
+        example_inputs: Any,
+        teacher: nn.Module | None,
+        callbacks: tuple[Any, ...],
+    ) -> None:
+        """Resolve every name, so that a wrong one is met before anything is trained."""
+        from accelerate import PartialState
+
+        self.config, self.model, self.callbacks = config, model, callbacks
+        self.tell = Callbacks(callbacks)
+        named = isinstance(config.data, str | dict)
+        self.data: Any = data_shelf.resolve(config.data) if named else config.data
+        self.task = task_shelf.resolve(config.task)
+        self.losses = loss_shelf.resolve(config.losses)
+        self.importance = importance_shelf.resolve(config.importance)
+        self.teacher = teacher
+        first = next(model.parameters(), None)
+        self.home = torch.device("cpu") if first is None else first.device
+        val = getattr(self.data, "val", None)
+        source = self.data.train if val is None else val
+        self.example_inputs = examples(source) if example_inputs is None else example_inputs
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        self.main: bool = state.is_main_process
+        self.device: torch.device = state.device
+        self.journal = Journal(config, digest(model), main=self.main)
+
+    def past(self, stage: str) -> bool:
+        """Whether the checkpoint to go on from lies behind a stage."""
+        resumed = self.journal.resumed
+        return resumed is not None and STAGES.index(resumed["stage"]) > STAGES.index(stage)
+
+    def _loop(self, stage: str, student: nn.Module, options: LoopOptions, **more: Any) -> Loop:
+        """The loop of a stage, where a checkpoint left it."""
+        teacher = None if stage == "base" else self.teacher
+        val = getattr(self.data, "val", None)
+        pieces = Pieces(student, teacher, self.task, self.losses, self.data.train, val)
+        loop = Loop(pieces, options, stage=stage, seed=self.config.seed, **more)
+        resumed = self.journal.resumed
+        if resumed is not None and resumed["stage"] == stage:
+            loop.load_state_dict(resumed["loop"])
+        return loop
+
+    def _train(
+        self, stage: str, student: nn.Module, options: LoopOptions, **saved: Any
+    ) -> nn.Module:
+        """A whole stage with a checkpoint after every evaluation."""
+        recorder = Recorder(self.journal)
+        loop = self._loop(stage, student, options, callbacks=(recorder, *self.callbacks))
+        recorder.save = lambda: self.journal.save(stage, loop, **saved)
+        return loop.run().to(self.home)
+
+    # --- the parts, in their order
+
+    def base(self) -> nn.Module:
+        """The unpruned network: as given, or trained first. It also becomes the teacher."""
+        config, name = self.config, "base.safetensors"
+        base = self.model
+        if config.base is not None and self.past("base"):
+            assert self.journal.folder is not None
+            base.load_state_dict(load_weights(self.journal.folder / "checkpoints" / name))
+        elif config.base is not None:
+            base = self._train("base", base, config.base)
+            self.journal.save_weights(name, snapshot(base))
+        if config.teacher == "self":
+            self.teacher = copy.deepcopy(base)
+        return base
+
+    def comb(self, base: nn.Module) -> Groups:
+        """Which channels must go together."""
+        self.tell("on_event", "comb", {})
+        config = self.config
+        groups = comb(
+            base,
+            self.example_inputs,
+            ignore=config.ignore,
+            exact=config.exact,
+            unknown=config.unknown,
+        )
+        self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
+        return groups
+
+    def prune(self, base: nn.Module, groups: Groups) -> tuple[nn.Module, Plan]:
+        """The interval loop: a network with the removed units at zero, and the plan."""
+        resumed = self.journal.resumed
+        student = copy.deepcopy(base)
+        if resumed is not None and self.past("prune"):
+            return student, Plan.from_json(resumed["plan"])
+
+        def saved(plan: Plan, step: int) -> None:
+            costs = {cost: after for cost, (_, after) in plan.costs.items()}
+            self.journal.record(phase="prune", event="prune", step=step, **costs)
+            self.journal.save("prune", loop, plan=plan.to_json(), done=events.done)
+            self.tell("on_event", "prune", {"done": events.done, "of": self.config.count, **costs})
+
+        events = Events(student, groups, self.importance, self.config, saved)
+        watching = (events, Recorder(self.journal), *self.callbacks)
+        loop = self._loop(
+            "prune", student, self.config.prune, steps=events.steps, callbacks=watching, keep="last"
+        )
+        if resumed is not None and resumed["stage"] == "prune":
+            events.resume(Plan.from_json(resumed["plan"]), resumed["done"])
+        student = loop.run().to(self.home)
+        assert events.plan is not None
+        return student, events.plan
+
+    def cut(self, student: nn.Module, plan: Plan) -> tuple[nn.Module, str]:
+        """The smaller network and the proof that it computes what the masked one did.
+
+        Raises:
+            VerifyError: it does not.
+        """
+        self.tell("on_event", "cut", {})
+        small = cut(student, plan, verify=False)
+        resumed = self.journal.resumed
+        if resumed is not None and self.past("prune"):
+            return small, str(resumed["proof"])
+        proof = verify(student, small, plan, self.example_inputs)
+        if not proof:
+            raise VerifyError(str(proof))
+        self.journal.log(event="cut", proof=str(proof))
+        return small, str(proof)
+
+    def recover(self, small: nn.Module, plan: Plan, proof: str) -> nn.Module:
+        """The cut network, trained with its teacher at a rate that starts anew."""
+        return self._train("recover", small, self.config.recover, plan=plan.to_json(), proof=proof)
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of a network's class, and of the names, shapes and values of its tensors."""
+    found = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found.update(raw.numpy().tobytes())
+    return found.hexdigest()
