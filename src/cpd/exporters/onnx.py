@@ -77,10 +77,10 @@ def onnx(
     path = Path(path)
     call = _call(model, example_inputs)
     batch = _batch(call)
-    if dynamic_batch and batch == 1:
-        call = _resized(call, batch, 2)  # an axis of size 1 would be read as one that broadcasts
-        batch = 2
-    calls = [call, _resized(call, batch, batch + 1)] if dynamic_batch and check else [call]
+    other = _resized(call, batch, batch + 1) if dynamic_batch else call
+    calls = [call, other] if dynamic_batch else [call]
+    if batch == 1:
+        call, batch = other, 2  # an open axis of size 1 would be read as one that broadcasts
     with _evaluation(model), _quiet(), torch.no_grad():
         program = _trace(model, call, batch if dynamic_batch else None)
         converted = _convert(program, opset)
@@ -226,7 +226,8 @@ def _check(draft: Path, model: nn.Module, calls: list[Call], program: ExportedPr
     except Exception as error:  # both libraries raise classes of their own C++ side
         raise ExportError(
             f"the exported file is not valid ONNX or cannot be run: {_brief(error)} "
-            "Another opset= may help; check=False writes the file as it is."
+            "Some operators exist in float32 only; another opset= may help, and check=False writes "
+            "the file as it is."
         ) from error
     for call in calls:
         _compare(session, model, call, program.graph_signature.user_inputs)
@@ -246,7 +247,7 @@ def _compare(
     except Exception as error:  # ONNX Runtime raises classes of its own C++ side
         raise ExportError(
             f"ONNX Runtime cannot run the exported file at batch size {batch}: {_brief(error)} "
-            f"If the network fixes its batch size, {_STATIC_HINT}"
+            f"Some operators exist in float32 only. If the network fixes its batch size, {_STATIC_HINT}"
         ) from error
     if len(found) != len(expected):
         raise ExportError(f"the exported file has {len(found)} outputs, the model {len(expected)}.")
