@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TOLERANCE_ELSE = 1e-4
 _SINGLE_FILE_BYTES = 1_500_000_000  # protobuf ends at 2 GiB; room for the graph around the weights
+_TALKATIVE = ("onnx_ir", "onnxscript", "torch.export", "torch.onnx")
 _STATIC_HINT = "dynamic_batch=False exports it with the batch size of the example inputs."
 
 
@@ -155,11 +156,19 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Send the warnings of the tracer and the exporter to the log: they are about their own inside.
 
-    What goes wrong for real is raised, and what the file computes is checked by numbers.
+    The loggers of both keep to errors. What goes wrong for real is raised, and what the file
+    computes is checked by numbers.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
+    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
     for warning in caught:
         log.debug("while exporting: %s: %s", warning.category.__name__, warning.message)
 
@@ -247,7 +256,8 @@ def _compare(
     except Exception as error:  # ONNX Runtime raises classes of its own C++ side
         raise ExportError(
             f"ONNX Runtime cannot run the exported file at batch size {batch}: {_brief(error)} "
-            f"Some operators exist in float32 only. If the network fixes its batch size, {_STATIC_HINT}"
+            "Some operators exist in float32 only. If the network fixes its batch size, "
+            f"{_STATIC_HINT}"
         ) from error
     if len(found) != len(expected):
         raise ExportError(f"the exported file has {len(found)} outputs, the model {len(expected)}.")
