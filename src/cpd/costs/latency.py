@@ -17,7 +17,7 @@ from cpd.errors import ArtefactError, InputError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
 
-__all__ = ["Latency", "compare", "device", "onnx"]
+__all__ = ["Latency", "compare", "device", "machine", "onnx"]
 
 BLOCK = 25
 """Runs of one model in a row before ``compare`` goes on to the next."""
@@ -129,10 +129,13 @@ def device() -> str:
     """What the numbers were measured on: CPU model, cores, system, version of ONNX Runtime."""
     import onnxruntime
 
-    return (
-        f"{_cpu()}, {_cores()} of {os.cpu_count()} cores, {platform.system()} "
-        f"{platform.machine()}, ONNX Runtime {onnxruntime.__version__}"
-    )
+    return f"{machine()}, ONNX Runtime {onnxruntime.__version__}"
+
+
+def machine() -> str:
+    """The machine alone: CPU model, cores this process may use, system."""
+    cores = f"{_cores()} of {os.cpu_count()} cores"
+    return f"{_cpu()}, {cores}, {platform.system()} {platform.machine()}"
 
 
 class _Model:

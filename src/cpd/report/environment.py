@@ -14,7 +14,7 @@ _PACKAGES = ("cpd", "torch", "numpy", "safetensors", "onnx", "onnxruntime", "acc
 
 def environment() -> dict[str, str]:
     """Processor, system, Python and the versions of the packages that matter, where installed."""
-    found = {"machine": latency.device(), "python": platform.python_version()}
+    found = {"machine": latency.machine(), "python": platform.python_version()}
     return found | {name: _version(name) for name in _PACKAGES}
 
 
