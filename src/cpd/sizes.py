@@ -58,6 +58,7 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
         found = _attributes(module, size.old)
         if isinstance(module, nn.MultiheadAttention):
             found = [place for place in found if place[0] in ("num_heads", "head_dim")]
+            return [(path, *place) for place in found]
         if found or not path:
             return [(path, *place) for place in found]
         path = path.rpartition(".")[0]

@@ -93,6 +93,7 @@ class _Solver:
         self.frozen = np.empty(0, np.int64)
         self.conflicts: list[Ids] = []
         self.blocks: set[int] = set()
+        self.links: list[list[Ids]] = []
 
     def _bind(self, fold: Fold) -> _Bound:
         items = self.label[fold.ids]
@@ -130,6 +131,7 @@ class _Solver:
             bound.items, bound.rows = compact[bound.items], compact[bound.rows]
             if bound.columns is not None:
                 bound.columns = compact[bound.columns]
+        self.links = [[np.unique(compact[row]) for row in link] for link in self.links]
 
     def substitute(self) -> None:
         """Express rows that consist of smaller rows by the blocks of these, so that no two rows overlap."""
@@ -157,15 +159,19 @@ class _Solver:
         if bound.columns is not None:
             return False
         rows = []
+        link: dict[bytes, Ids] = {}
         for row in bound.items:
             items = np.unique(row)
-            parts = {smallest[item][0]: smallest[item][1] for item in items.tolist()}
-            if len(parts) == 1 or sum(len(p) for p in parts.values()) != len(items):
+            parts = {smallest[item][1].tobytes(): smallest[item] for item in items.tolist()}
+            if len(parts) == 1 or sum(len(p) for _, p in parts.values()) != len(items):
                 return False
-            rows.append(list(dict.fromkeys(smallest[item][0] for item in row.tolist())))
+            link.update({key: part for key, (_, part) in parts.items()})
+            order = dict.fromkeys(smallest[item][1].tobytes() for item in row.tolist())
+            rows.append([parts[key][0] for key in order])
         if len({len(row) for row in rows}) > 1:
             return False
         bound.items = np.array(rows, dtype=np.int64)
+        self.links.append(list(link.values()))  # the parts must keep one number, or the rows would differ
         return True
 
     def _find_conflicts(self) -> None:
@@ -249,6 +255,9 @@ class _Solver:
             for row in bound.items:
                 key = np.unique(row).tobytes()
                 edges.append((row_bound.setdefault(key, number), number))
+        for link in self.links:
+            numbers = [row_bound[row.tobytes()] for row in link if row.tobytes() in row_bound]
+            edges += [(numbers[0], number) for number in numbers]
         pairs = np.array(edges, dtype=np.int64)
         joined = components(max(len(self.bounds), 1), pairs[:, 0], pairs[:, 1])
         families, taken = [], set()

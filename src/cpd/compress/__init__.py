@@ -14,6 +14,7 @@ from torch import nn
 
 from cpd import exporters
 from cpd.compress.config import BenchOptions, CompressConfig, plain
+from cpd.compress.journal import load_weights
 from cpd.compress.measure import report
 from cpd.compress.run import Run, built
 from cpd.distill import isolated
@@ -21,7 +22,7 @@ from cpd.files import write_text
 from cpd.plan import Plan
 from cpd.report import Report
 
-__all__ = ["BenchOptions", "CompressConfig", "Result", "compress"]
+__all__ = ["BenchOptions", "CompressConfig", "Result", "compress", "load_weights", "plain"]
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ def compress(
         given = built(model, config)
         flags = {name: module.training for name, module in given.named_modules()}
         run = Run(config, given, example_inputs=example_inputs, teacher=taught, callbacks=callbacks)
+        groups = run.comb()
         base = run.base()
-        groups = run.comb(base)
         student, plan = run.prune(base, groups)
         small, proof = run.cut(student, plan)
         small = run.recover(small, plan, proof)

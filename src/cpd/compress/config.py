@@ -62,6 +62,8 @@ class CompressConfig:
         interval: steps over which importance is accumulated before each pruning event.
         events: pruning events until the target; nothing: as many as ``step`` asks for, or 10.
         step: largest share of a cost to take at one event, in place of ``events``.
+        strategy: what goes at an event: "oneshot" (the least important units of each kind),
+            "greedy" (one group after the other, as in the paper), or a callable.
         ranking: which units compete: "isomorphic", "global" or "uniform".
         multiple_of: widths are cut to multiples of it.
         min_keep: share of each group that stays.
@@ -93,6 +95,7 @@ class CompressConfig:
     interval: int = 50
     events: int | None = None
     step: float | None = None
+    strategy: Any = "oneshot"
     ranking: str = "isomorphic"
     multiple_of: int = 1
     min_keep: float = 0.1
@@ -153,6 +156,12 @@ class CompressConfig:
             return self.events or 10
         most = max(1 - share for share in shares(self.target).values())
         return max(1, math.ceil(most / self.step - 1e-9))
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What every call of ``choose`` gets."""
+        names = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def target_at(self, event: int) -> dict[str, float]:
         """The target of an event (from 1): on a straight line from 1 to the final one."""

@@ -12,6 +12,7 @@ from cpd.choose import choose
 from cpd.compress.config import CompressConfig
 from cpd.distill import Callback, State
 from cpd.groups import Groups
+from cpd.importance.base import Accumulated
 from cpd.mask import mask
 from cpd.plan import Plan
 
@@ -56,8 +57,8 @@ class Events(Callback):
             self.masker = mask(self.student, self.plan)
 
     def after_backward(self, state: State) -> None:
-        """Add this batch to the scores."""
-        if state.synced:
+        """Add this batch to the scores: its parts one by one, or, from the gradient, as a whole."""
+        if state.synced or not isinstance(self.importance, Accumulated):
             self.importance.observe()
 
     def after_step(self, state: State) -> None:
@@ -77,13 +78,8 @@ class Events(Callback):
         plan = choose(
             self.groups,
             self.importance.scores(),
-            target=config.target_at(self.done),
-            ranking=config.ranking,
-            multiple_of=config.multiple_of,
-            min_keep=config.min_keep,
-            limits=config.limits,
-            unreachable=config.unreachable,
-            seed=config.seed,
+            config.target_at(self.done),
+            **config.choice,
             start=self.plan,
         )
         self.plan = _shared(plan, next(self.student.parameters()).device)

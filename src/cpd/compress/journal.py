@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpd.compress.config import CompressConfig
 from cpd.distill import Loop, read, write
@@ -79,7 +79,8 @@ class Journal:
         write_text(folder / "log.jsonl", "")
 
     def _clear(self, folder: Path) -> None:
-        if not self.config.overwrite:
+        begun = self.config.resume and not (folder / "manifest.json").exists()
+        if not self.config.overwrite and not (begun and (folder / "log.jsonl").exists()):
             raise OutputError(
                 f"{folder} is not empty. Choose another output, go on from its checkpoint with "
                 "resume, or replace the run in it with overwrite"
@@ -91,7 +92,7 @@ class Journal:
 
     def _resume(self) -> dict[str, Any]:
         """The checkpoint, and the log cut back to its moment."""
-        saved: dict[str, Any] = read(self.checkpoint)
+        saved: Any = read(self.checkpoint)
         if not isinstance(saved, dict) or "identity" not in saved:
             raise ArtefactError(f"{self.checkpoint} is not a checkpoint of cpd.compress")
         _agree(saved["identity"], self.identity, self.checkpoint)
@@ -136,8 +137,8 @@ class Journal:
         if self.folder is None or not self.main:
             return
         saved = {"identity": self.identity, "stage": stage, "history": self.history, "loop": state}
-        saved["log"] = self.log_path.stat().st_size if self.log_path.exists() else 0
-        write(self.checkpoint, saved | values)
+        length = self.log_path.stat().st_size if self.log_path.exists() else 0
+        write(self.checkpoint, {**saved, **values, "log": length})
 
     def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Write weights next to the checkpoint, for later runs (``weights=``) and for resuming."""
@@ -149,16 +150,18 @@ class Journal:
             publish(temporary / name, path)
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a safetensors file into a network.
 
     Raises:
-        ArtefactError: no such file, or a damaged one.
+        ArtefactError: no such file, or a damaged one. InputError: its tensors do not fit.
     """
     try:
-        return load_file(path)
+        model.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"cannot read the weights {path}: {error}") from error
+    except RuntimeError as error:
+        raise InputError(f"the weights in {path} do not fit: {error}") from error
 
 
 def _agree(saved: Mapping[str, str], mine: Mapping[str, str], path: Path) -> None:

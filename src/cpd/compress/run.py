@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from cpd import data as data_shelf
 from cpd import importance as importance_shelf
 from cpd import losses as loss_shelf
 from cpd import tasks as task_shelf
+from cpd.choose import choose
 from cpd.comb import comb
 from cpd.compress.config import CompressConfig
 from cpd.compress.events import Events
@@ -54,12 +54,8 @@ def built(model: nn.Module | Callable[..., nn.Module], config: CompressConfig) -
         made = model(**config.model_args)
     if not isinstance(made, nn.Module):
         raise InputError(f"{config.model or model!r} gave {type(made).__name__}, not a network")
-    if config.weights is None:
-        return made
-    try:
-        made.load_state_dict(load_weights(Path(config.weights)))
-    except RuntimeError as error:
-        raise InputError(f"the weights in {config.weights} do not fit: {error}") from error
+    if config.weights is not None:
+        load_weights(made, config.weights)
     return made
 
 
@@ -158,33 +154,40 @@ class Run:
 
     # --- the parts, in their order
 
+    def comb(self) -> Groups:
+        """Which channels must go together. A target out of reach is met here, not after training.
+
+        Raises:
+            UnreachableTarget: whatever the scores will be, the target cannot be met.
+        """
+        self.tell("on_event", "comb", {})
+        config = self.config
+        groups = comb(
+            self.model,
+            self.example_inputs,
+            ignore=config.ignore,
+            exact=config.exact,
+            unknown=config.unknown,
+        )
+        equal = {group.name: torch.ones(group.size, dtype=torch.float64) for group in groups}
+        choose(groups, equal, config.target_at(config.count), **config.choice)
+        if self.journal.resumed is None:
+            self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
+        return groups
+
     def base(self) -> nn.Module:
         """The unpruned network: as given, or trained first. It also becomes the teacher."""
         config, name = self.config, "base.safetensors"
         base = self.model
         if config.base is not None and self.past("base"):
             assert self.journal.folder is not None
-            base.load_state_dict(load_weights(self.journal.folder / "checkpoints" / name))
+            load_weights(base, self.journal.folder / "checkpoints" / name)
         elif config.base is not None:
             base = self._train("base", base, config.base)
             self.journal.save_weights(name, snapshot(base))
         if config.teacher == "self":
             self.teacher = copy.deepcopy(base)
         return base
-
-    def comb(self, base: nn.Module) -> Groups:
-        """Which channels must go together."""
-        self.tell("on_event", "comb", {})
-        config = self.config
-        groups = comb(
-            base,
-            self.example_inputs,
-            ignore=config.ignore,
-            exact=config.exact,
-            unknown=config.unknown,
-        )
-        self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
-        return groups
 
     def prune(self, base: nn.Module, groups: Groups) -> tuple[nn.Module, Plan]:
         """The interval loop: a network with the removed units at zero, and the plan."""
@@ -197,10 +200,12 @@ class Run:
             costs = {cost: after for cost, (_, after) in plan.costs.items()}
             self.journal.record(phase="prune", event="prune", step=step, **costs)
             self.journal.save("prune", loop, plan=plan.to_json(), done=events.done)
-            self.tell("on_event", "prune", {"done": events.done, "of": self.config.count, **costs})
+            shares = {cost: after / before for cost, (before, after) in plan.costs.items()}
+            told = {"done": events.done, "of": self.config.count, "shares": shares}
+            self.tell("on_event", "prune", told)
 
         events = Events(student, groups, self.importance, self.config, saved)
-        watching = (events, Recorder(self.journal), *self.callbacks)
+        watching = (Recorder(self.journal), events, *self.callbacks)
         loop = self._loop(
             "prune", student, self.config.prune, steps=events.steps, callbacks=watching, keep="last"
         )

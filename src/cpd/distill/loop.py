@@ -279,6 +279,7 @@ class Loop:
         return {
             "at": {"step": state.step, "epoch": state.epoch, "batch": state.batch},
             "stop": state.stop,
+            "rate": state.rate,
             "student": snapshot(state.student),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -292,7 +293,8 @@ class Loop:
         """Go on from what ``state_dict`` gave, exactly."""
         state, at = self.state, saved["at"]
         state.step, state.epoch, state.batch = at["step"], at["epoch"], at["batch"]
-        state.stop, state.history = saved["stop"], list(saved["history"])
+        state.stop, state.rate = saved["stop"], saved["rate"]
+        state.history = list(saved["history"])
         state.student.load_state_dict(saved["student"])
         self.optimizer.load_state_dict(dict(saved["optimizer"]))
         self.schedule.load_state_dict(saved["schedule"])

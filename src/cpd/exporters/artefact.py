@@ -103,6 +103,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _check_files(folder, _read_manifest(folder))
     plan = _read_plan(folder)
     plan.check(model)
+    _check_attributes(folder / PLAN, plan, model)
     small = cut(model, plan, verify=False)
     assign(small, read(folder / TENSORS, small))
     return small
@@ -231,7 +232,37 @@ def _read_plan(folder: Path) -> Plan:
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except CPDError as error:
         raise ArtefactError(f"{path} holds no usable plan: {error}") from error
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ArtefactError(
             f"{path} holds no usable plan: {type(error).__name__}: {error}. {_AGAIN}"
         ) from error
+
+
+def _check_attributes(path: Path, plan: Plan, model: nn.Module) -> None:
+    """A plan may set numbers where the model has numbers; nothing else untrusted goes in."""
+    try:
+        entries = [
+            (o, name, new) for o, news in plan.attributes.items() for name, new in news.items()
+        ]
+        olds = [getattr(model.get_submodule(owner), name) for owner, name, _ in entries]
+    except AttributeError as error:
+        raise ArtefactError(
+            f"{path} sets what the model does not have: {error}. {_AGAIN}"
+        ) from error
+    for (owner, name, new), old in zip(entries, olds, strict=True):
+        if not (_is_numeric(old) and _is_numeric(new)):
+            raise ArtefactError(
+                f"{path} sets {owner}.{name}, which is no number: cpd.save did not write it."
+            )
+
+
+def _is_numeric(value: object) -> bool:
+    entries = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(entry, (int, float)) for entry in entries)

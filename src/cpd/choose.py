@@ -1,0 +1,204 @@
+"""Choose: which units go, until the target is met.
+
+Every strategy has one signature: it gets the candidate units and returns the order in which they go. The
+shortest run of that order that meets the target is the plan. Units of one family go in the order of their
+scores, from the least important; a family never falls under its minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._shelf import one
+from .candidates import Candidates, candidates
+from .errors import InputError, UnknownName, UnreachableTarget
+from .groups import Groups
+from .labels import Mask
+from .plan import Plan
+from .planning import alive_of, plan_of
+from .strategies import STRATEGIES
+
+Strategy = Callable[[Candidates], Sequence[int]]
+RANKINGS = ("isomorphic", "global", "uniform")
+
+
+def parse_target(target: str | Mapping[str, float], costs: Sequence[str]) -> dict[str, float]:
+    """Return cost -> share of a target such as "macs=0.5", "macs=0.5,params=0.6" or a dict.
+
+    Raises `InputError` for shares that are not in (0, 1], `UnknownName` for unknown costs.
+    """
+    if isinstance(target, str):
+        pairs = [part.partition("=")[::2] for part in target.split(",")]
+    elif isinstance(target, Mapping):
+        pairs = [(key, value) for key, value in target.items()]
+    else:
+        raise InputError(f'target is {target!r}; give a string like "macs=0.5" or a dict')
+    shares: dict[str, float] = {}
+    for name, value in pairs:
+        name = str(name).strip()
+        if name not in costs:
+            raise UnknownName("cost in the target", name, costs)
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f'target {name}={value!r} is not a number; write "{name}=0.5"') from None
+        if not 0 < share <= 1:
+            raise InputError(
+                f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
+                "(0.5 keeps half)"
+            )
+        shares[name] = share
+    if not shares:
+        raise InputError('target is empty; give a string like "macs=0.5"')
+    return shares
+
+
+def choose(
+    groups: Groups,
+    scores: Mapping[str, torch.Tensor],
+    target: str | Mapping[str, float],
+    *,
+    strategy: str | Mapping[str, Any] | Strategy = "oneshot",
+    ranking: str = "isomorphic",
+    multiple_of: int = 1,
+    min_keep: float = 0.1,
+    limits: Mapping[str, float] | None = None,
+    unreachable: str = "error",
+    seed: int = 0,
+    start: Plan | None = None,
+) -> Plan:
+    """Choose what to remove.
+
+    Args:
+        groups: from `comb`.
+        scores: group name -> importance of its channels, shape (group.size,); small goes first.
+        target: share of a cost that is to be left, "macs=0.5"; several must all hold.
+        strategy: "oneshot" (least important first), "greedy" (the paper's: each event cuts the one group whose
+            least important channels sum up to least), or a function of `Candidates`.
+        ranking: "isomorphic" ranks units among structurally identical groups and takes the same share of
+            each kind; "global" compares raw scores; "uniform" takes the same share of every family.
+        multiple_of: kept channels come in multiples of this, where a family is at least that wide.
+        min_keep: share of each family that always stays (at least one unit).
+        limits: group name or pattern -> largest share of its units that may go.
+        unreachable: "error", or "closest" to take what can be reached.
+        seed: breaks ties between equal scores.
+        start: a plan to go on from; what it removed stays removed.
+
+    Raises:
+        UnreachableTarget: with the closest reachable costs and what blocks more.
+        InputError: scores, target or options that cannot be used.
+    """
+    shares = parse_target(target, tuple(groups.costs))
+    if unreachable not in ("error", "closest"):
+        raise UnknownName("handling of unreachable targets", unreachable, ("error", "closest"))
+    if ranking not in RANKINGS:
+        raise UnknownName("ranking", ranking, RANKINGS)
+    _check_options(multiple_of, min_keep)
+    before = groups.everything() if start is None else alive_of(groups, start)
+    found = candidates(
+        groups, scores, before, ranking=ranking, multiple_of=multiple_of, min_keep=min_keep,
+        limits=dict(limits or {}), seed=seed,
+    )  # fmt: skip
+    order = _strategy(strategy)(found)
+    alive, met = _shortest(groups, found, order, before, shares)
+    if not met and unreachable == "error":
+        raise _unreachable(groups, found, alive, shares)
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "__name__", "own")
+    options = {
+        "target": shares, "strategy": name, "ranking": ranking, "multiple_of": multiple_of,
+        "min_keep": min_keep, "limits": dict(limits or {}), "seed": seed, **groups.options,
+    }  # fmt: skip
+    return plan_of(groups, alive, options)
+
+
+def _check_options(multiple_of: int, min_keep: float) -> None:
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise InputError(f"multiple_of is {multiple_of!r}; give a whole number of at least 1")
+    if not 0 <= min_keep <= 1:
+        raise InputError(f"min_keep is {min_keep!r}; give a share between 0 and 1")
+
+
+def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
+    if callable(strategy):
+        return strategy
+    name, options = one("strategy", strategy)
+    if name not in STRATEGIES:
+        raise UnknownName("strategy", name, STRATEGIES)
+    return lambda found: STRATEGIES[name](found, **options)
+
+
+def _shortest(
+    groups: Groups,
+    found: Candidates,
+    order: Sequence[int],
+    before: Mask,
+    shares: Mapping[str, float],
+) -> tuple[Mask, bool]:
+    """Return what is alive after the shortest run of `order` that meets all shares, and whether one does."""
+    last = len(order)
+    gone_at = np.where(before, last + 1, -1)
+    for position, number in enumerate(order):
+        closure = found.closure(number)
+        gone_at[closure] = np.minimum(gone_at[closure], position)
+    budgets = {n: share * groups.cost(n, groups.everything()) for n, share in shares.items()}
+
+    def meets(alive: Mask) -> bool:
+        return all(groups.cost(name, alive) <= budget for name, budget in budgets.items())
+
+    if not meets(gone_at >= last):
+        return gone_at >= last, False
+    low, high = 0, last
+    while low < high:
+        middle = (low + high) // 2
+        if meets(gone_at >= middle):
+            high = middle
+        else:
+            low = middle + 1
+    return _given_back(found, order, gone_at, high, meets), True
+
+
+def _given_back(
+    found: Candidates,
+    order: Sequence[int],
+    gone_at: np.ndarray,
+    length: int,
+    meets: Callable[[Mask], bool],
+) -> Mask:
+    """Put back single units that the last big one made unnecessary."""
+    alive = gone_at >= length
+    for position in range(length - 2, max(length - 10, -1), -1):
+        with_it = alive.copy()
+        closure = found.closure(order[position])
+        with_it[closure[gone_at[closure] == position]] = True
+        if found.independent(order[position]) and meets(with_it):
+            alive = with_it
+    return alive
+
+
+def _unreachable(
+    groups: Groups, found: Candidates, alive: Mask, shares: Mapping[str, float]
+) -> UnreachableTarget:
+    everything = groups.everything()
+    closest = {n: groups.cost(n, alive) / max(groups.cost(n, everything), 1) for n in shares}
+    blockers = []
+    if found.limited:
+        blockers.append(f"{found.limited} families are at their minimum (min_keep, limits, multiple_of)")
+    by_reason: dict[str, int] = {}
+    for item in groups.frozen:
+        if not item.reason.startswith("kernel axis"):
+            by_reason[item.reason] = by_reason.get(item.reason, 0) + item.count
+    for reason, count in sorted(by_reason.items(), key=lambda pair: -pair[1])[:5]:
+        blockers.append(f"{count} indices kept: {reason}")
+    wanted = ", ".join(f"{name}={share:g}" for name, share in shares.items())
+    reach = ", ".join(f"{name}={value:.4f}" for name, value in closest.items())
+    return UnreachableTarget(
+        f"target {wanted} cannot be reached; the closest is {reach}. What blocks more: "
+        + "; ".join(blockers)
+        + '. Lower min_keep or the limits, or pass unreachable="closest".',
+        closest=closest,
+        blockers=tuple(blockers),
+    )

@@ -1,0 +1,246 @@
+"""One function for each command. Their parameters are the flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpd.cli.models import Source, named
+from cpd.cli.show import Bars, frozen_table, group_table
+from cpd.distill import isolated
+from cpd.errors import ArtefactError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+__all__ = ["COMMANDS", "Shell"]
+
+
+class Shell:
+    """The commands, on one console."""
+
+    def __init__(self, console: Console) -> None:
+        """``console``: where results go."""
+        self.console = console
+
+    def comb(
+        self,
+        model: str,
+        model_args: dict[str, Any] | None = None,
+        input_shape: list[int] | None = None,
+        ignore: list[str] | None = None,
+        exact: bool = False,
+        unknown: str = "freeze",
+    ) -> None:
+        """Show which channels of a network must go together, and which cannot go.
+
+        Args:
+            model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
+            model_args: arguments for making it, such as --model_args.num_classes 10.
+            input_shape: shape of an input without the batch axis, such as [3,224,224].
+            ignore: modules or names whose width stays.
+            exact: also keep what feeds statistics across channels.
+            unknown: what to do at an operation without a rule: freeze or error.
+        """
+        from cpd.comb import comb
+
+        source = Source(model, model_args or {})
+        network = _made(source)
+        inputs = source.inputs(network, input_shape)
+        groups = comb(network, inputs, ignore=ignore or (), exact=exact, unknown=unknown)
+        self.console.print(group_table(groups))
+        self.console.print(frozen_table(groups.frozen))
+
+    def export(
+        self,
+        folder: str,
+        to: str | None = None,
+        model: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        dynamic_batch: bool = True,
+    ) -> None:
+        """Export the network of an artefact to ONNX, checked against PyTorch.
+
+        Args:
+            folder: what compress or prune wrote.
+            to: the file; model.onnx in the folder by default.
+            model: where the unpruned network comes from, if the folder does not say.
+            model_args: arguments for making it.
+            dynamic_batch: leave the batch size open.
+        """
+        from cpd import exporters
+        from cpd.plan import Plan
+
+        source = _noted(Path(folder), model, model_args)
+        network = exporters.load(folder, _made(source))
+        plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
+        path = Path(to) if to is not None else Path(folder) / "model.onnx"
+        exporters.onnx(network, plan.example_inputs(), path, dynamic_batch=dynamic_batch)
+        self.console.print(f"{path}: {path.stat().st_size:,} bytes, checked against PyTorch")
+
+    def bench(
+        self,
+        folder: str,
+        runs: int = 1000,
+        warmup: int = 50,
+        batch: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        """Measure the ONNX files of an artefact again, before and after in turns.
+
+        Args:
+            folder: what compress wrote, with base.onnx and model.onnx.
+            runs: timed runs of each.
+            warmup: untimed runs before.
+            batch: samples of a run.
+            threads: threads within an operator; every core by default.
+        """
+        from cpd.costs import latency
+        from cpd.report import Measures, Report, environment
+
+        paths = [Path(folder) / name for name in ("base.onnx", "model.onnx")]
+        with Bars(self.console) as bars:
+
+            def told(done: int, total: int) -> None:
+                bars.on_event("bench", {"done": done, "of": total})
+
+            times = latency.compare(
+                paths, runs=runs, warmup=warmup, batch=batch, threads=threads, progress=told
+            )
+        sizes = [path.stat().st_size for path in paths]
+        before, after = (
+            Measures(onnx_bytes=size, latency=time) for size, time in zip(sizes, times, strict=True)
+        )
+        title = f"{folder}: {runs} runs of batch {batch} on {environment()['machine']}"
+        self.console.print(Report(before, after, title=title).table())
+
+    def report(self, folder: str) -> None:
+        """Show the report of a run and write its page again.
+
+        Args:
+            folder: what compress wrote.
+        """
+        from cpd.report import Report
+
+        path = Path(folder) / "report.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ArtefactError(f"cannot read {path}: {error.strerror}") from error
+        report = Report.from_json(text)
+        self.console.print(report.table())
+        if report.proof:
+            self.console.print(report.proof, markup=False, highlight=False)
+        self.console.print(f"page: {report.html(path.with_suffix('.html'))}")
+
+    def prune(
+        self,
+        model: str,
+        target: str,
+        model_args: dict[str, Any] | None = None,
+        input_shape: list[int] | None = None,
+        weights: str | None = None,
+        importance: str = "magnitude",
+        ranking: str = "isomorphic",
+        multiple_of: int = 1,
+        min_keep: float = 0.1,
+        exact: bool = False,
+        ignore: list[str] | None = None,
+        unreachable: str = "error",
+        seed: int = 0,
+        output: str | None = None,
+    ) -> None:
+        """Prune a network in one shot, without training; prove it; show and save the plan.
+
+        Args:
+            model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
+            target: costs to reach, such as macs=0.5 or macs=0.5,params=0.6.
+            model_args: arguments for making it, such as --model_args.pretrained true.
+            input_shape: shape of an input without the batch axis, such as [3,224,224].
+            weights: a safetensors file with its weights.
+            importance: a score that needs no data: magnitude or random.
+            ranking: isomorphic, global or uniform.
+            multiple_of: widths are cut to multiples of it.
+            min_keep: share of each group that stays.
+            exact: also keep what feeds statistics across channels.
+            ignore: modules or names whose width stays.
+            unreachable: error, or closest.
+            seed: of everything random.
+            output: folder for the artefact.
+        """
+        import cpd
+
+        source = Source(model, model_args or {})
+        network = _made(source, weights, seed)
+        small, plan = cpd.prune(
+            network,
+            source.inputs(network, input_shape),
+            importance=named("importance", importance),
+            target=target,
+            ranking=ranking,
+            multiple_of=multiple_of,
+            min_keep=min_keep,
+            exact=exact,
+            ignore=ignore or (),
+            unreachable=unreachable,
+            seed=seed,
+        )
+        self.console.print(str(plan), markup=False, highlight=False)
+        if output is not None:
+            note = {"model": model, "model_args": model_args or {}}
+            cpd.save(small, plan, output, extra=note)
+            self.console.print(f"saved in {output}")
+
+    def compress(self, values: dict[str, Any]) -> None:
+        """Run a recipe; ``values`` are the keywords of ``cpd.compress``."""
+        from accelerate import PartialState
+
+        from cpd.compress import compress
+
+        source = Source(values.pop("model"))
+        for key in ("data", "task", "importance", "losses", "teacher"):
+            if key in values:
+                values[key] = values[key] if values[key] == "self" else named(key, values[key])
+        import torch
+
+        main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+        if not main:
+            compress(source, **values)
+            return
+        with Bars(self.console) as bars:
+            result = compress(source, callbacks=(bars,), **values)
+        self.console.print(result.report.table())
+        self.console.print(result.report.proof, markup=False, highlight=False)
+        if values.get("output") is not None:
+            self.console.print(f"in {values['output']}: the network, its plan, ONNX, the report")
+
+
+COMMANDS = ("comb", "prune", "export", "bench", "report")
+
+
+def _made(source: Source, weights: str | None = None, seed: int = 0) -> nn.Module:
+    """The network, the same for the same seed."""
+    from cpd.compress import load_weights
+
+    with isolated(seed):
+        network = source()
+    if weights is not None:
+        load_weights(network, weights)
+    return network
+
+
+def _noted(folder: Path, model: str | None, model_args: dict[str, Any] | None) -> Source:
+    """Where the network of an artefact came from: as typed, or as the folder says."""
+    from cpd.cli.flags import read
+
+    if model is not None:
+        return Source(model, model_args or {})
+    for name, inside in (("config.yaml", None), ("manifest.json", "extra")):
+        if not (folder / name).is_file():
+            continue
+        found: Any = read(folder / name)
+        found = found if inside is None else found.get(inside, {})
+        if found.get("model"):
+            return Source(found["model"], model_args or found.get("model_args") or {})
+    raise InputError(f"{folder} does not say where its network comes from; give --model")

@@ -1,0 +1,145 @@
+"""What a person sees: tables and progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from cpd.distill import Callback, State
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from cpd.groups import CouplingGroup, Frozen, Groups
+
+__all__ = ["Bars", "frozen_table", "group_table"]
+
+TITLES = {
+    "base": "train the base",
+    "prune": "prune",
+    "recover": "recover",
+    "bench": "measure latency",
+}
+SAID = {
+    "comb": "comb: find the coupling groups",
+    "cut": "cut and prove",
+    "measure": "measure before and after",
+}
+
+
+class Bars(Callback):
+    """A bar for every stage, and a line for every part between them."""
+
+    def __init__(self, console: Console) -> None:
+        """Bars on a console; use it as a context manager."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.progress: Progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.metrics = ""
+        self.costs = ""
+
+    def __enter__(self) -> Bars:
+        """Begin to draw."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop drawing; what is drawn stays."""
+        self.progress.stop()
+
+    def _update(self, name: str, done: int, total: int, note: str = "") -> None:
+        if name not in self.tasks:
+            title = TITLES.get(name, name)
+            self.tasks[name] = self.progress.add_task(title, total=total, note=note)
+        self.progress.update(self.tasks[name], completed=done, total=total, note=note)
+
+    def on_start(self, state: State) -> None:
+        """A new bar."""
+        self.metrics = self.costs = ""
+        self._update(state.stage, state.step, state.total)
+
+    def after_step(self, state: State) -> None:
+        """The bar grows."""
+        note = f"loss {state.losses['total']:.4f}  {self.metrics}  {self.costs}"
+        self._update(state.stage, state.step, state.total, note)
+
+    def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:
+        """The newest metrics stand next to the bar."""
+        self.metrics = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        note = f"loss {state.losses.get('total', 0.0):.4f}  {self.metrics}  {self.costs}"
+        self._update(state.stage, state.step, state.total, note)
+
+    def on_event(self, name: str, details: dict[str, Any]) -> None:
+        """A line, a bar of its own, or a note."""
+        if name == "bench":
+            self._update(name, details["done"], details["of"])
+        elif name == "prune":
+            told = ", ".join(f"{cost} {share:.0%}" for cost, share in details["shares"].items())
+            self.costs = f"event {details['done']}/{details['of']}: {told}"
+        elif name == "export":
+            self.progress.console.print(f"export to ONNX: {details['network']}")
+        elif name in SAID:
+            self.progress.console.print(SAID[name])
+
+
+def group_table(groups: Groups) -> Table:
+    """Every coupling group: what can go, where it lives, and what hangs on it."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(groups)} coupling groups", title_justify="left")
+    table.add_column("group", overflow="fold")
+    table.add_column("units", justify="right")
+    for name in ("tensors", "params", "MACs"):
+        table.add_column(name, justify="right")
+    whole = {cost: groups.cost(cost, groups.everything()) for cost in ("params", "macs")}
+    for group in groups:
+        units = ", ".join(f"{family.width} {family.kind}" for family in group.families)
+        shares = [_share(groups, group, cost, whole[cost]) for cost in whole]
+        table.add_row(group.name, units, str(len(group.members)), *shares)
+    table.caption = (
+        "units: what can go one by one · tensors: parameters and buffers they run through · "
+        "params, MACs: share of the whole network that hangs on the group"
+    )
+    return table
+
+
+def _share(groups: Groups, group: CouplingGroup, cost: str, whole: int) -> str:
+    without = groups.everything()
+    without[group.classes] = False
+    return f"{1 - groups.cost(cost, without) / whole:.1%}" if whole else "–"
+
+
+def frozen_table(frozen: Iterable[Frozen]) -> Table:
+    """What stays, and why; one row for each reason."""
+    from rich.table import Table
+
+    table = Table(title="kept as it is", title_justify="left")
+    table.add_column("reason", overflow="fold")
+    table.add_column("axes", justify="right")
+    table.add_column("where", overflow="fold")
+    reasons: dict[str, list[str]] = {}
+    for item in frozen:
+        if not item.reason.startswith("kernel axis"):
+            reasons.setdefault(item.reason, []).append(f"{item.tensor}[{item.axis}]")
+    for reason, where in reasons.items():
+        more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+        table.add_row(reason, str(len(where)), ", ".join(where[:3]) + more)
+    return table

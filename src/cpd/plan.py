@@ -1,0 +1,298 @@
+"""Plan: what is kept of which tensor, and all that cutting needs. A value; JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import ArtefactError, PlanMismatch
+from .labels import Mask
+from .trace import named_tensors
+
+if TYPE_CHECKING:
+    from .groups import Groups
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What stays along some axes of a tensor: `mask` has one dimension for each of `axes`."""
+
+    axes: tuple[int, ...]
+    mask: Mask
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What is left of each axis, counted from the outside in."""
+        left, sizes = self.mask, []
+        for _ in self.axes:
+            sizes.append(int(left.reshape(-1, left.shape[-1]).sum(-1).max(initial=0)))
+            left = left.any(-1)
+        return tuple(reversed(sizes))
+
+
+@dataclass(frozen=True)
+class Width:
+    """Units of one family of one group, before and after."""
+
+    group: str
+    family: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a network keeps.
+
+    `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
+    `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was made for.
+    `costs`: name -> (before, after), exact.
+    """
+
+    model: str
+    shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    kept: dict[str, tuple[Kept, ...]]
+    attributes: dict[str, dict[str, Any]]
+    rescale: dict[str, tuple[tuple[int, ...], float]]
+    widths: tuple[Width, ...]
+    costs: dict[str, tuple[int, int]]
+    options: dict[str, Any]
+    inputs: dict[str, Any]
+    groups: Groups | None = field(default=None, compare=False, repr=False)
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Return name -> bool tensor of the original's shape, True = kept, for every tensor that changes."""
+        result = {}
+        for name, first in self.aliases.items():
+            if first in self.kept:
+                shape = self.shapes[first]
+                mask = np.ones((1,) * len(shape), bool)
+                for part in self.kept[first]:
+                    mask = mask & _placed(part, len(shape))
+                result[name] = torch.from_numpy(np.broadcast_to(mask, shape).copy())
+        return result
+
+    def new_shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape after cutting."""
+        shape = list(self.shapes[name])
+        for part in self.kept.get(self.aliases[name], ()):
+            for axis, size in zip(part.axes, part.sizes, strict=True):
+                shape[axis] = size
+        return tuple(shape)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `PlanMismatch` where the model is not the one this plan was made for."""
+        name = type(model).__name__
+        found = {key: tuple(tensor.shape) for key, tensor in named_tensors(model)}
+        if name == self.model and found == self.shapes:
+            return
+        differ = [key for key in {**self.shapes, **found} if found.get(key) != self.shapes.get(key)]
+        first = differ[0] if differ else ""
+        detail = f"{first} is {found.get(first)} here and {self.shapes.get(first)} in the plan" if differ else ""
+        raise PlanMismatch(
+            f"this plan was made for a {self.model}, not for this {name}: {len(differ)} tensors differ"
+            f"{'; ' + detail if detail else ''}. Build the model as it was before pruning."
+        )
+
+    def then(self, later: Plan) -> Plan:
+        """Return the plan that cuts at once what this one and then `later` (made for its result) cut."""
+        if later.shapes != {name: self.new_shape(name) for name in self.shapes}:
+            raise PlanMismatch("the later plan was not made for what this plan leaves")
+        kept = {}
+        for name in {**self.kept, **later.kept}:
+            kept[name] = _composed(self.kept.get(name, ()), later.kept.get(name, ()), self.shapes[name])
+        attributes = {path: dict(values) for path, values in self.attributes.items()}
+        for path, values in later.attributes.items():
+            attributes.setdefault(path, {}).update(values)
+        return Plan(
+            self.model, self.shapes, self.aliases, kept, attributes, self._rescaled(later),
+            _widths_then(self.widths, later.widths),
+            {key: (self.costs[key][0], later.costs[key][1]) for key in self.costs},
+            later.options, self.inputs,
+        )  # fmt: skip
+
+    def _rescaled(self, later: Plan) -> dict[str, tuple[tuple[int, ...], float]]:
+        result = dict(self.rescale)
+        for name, (rows, factor) in later.rescale.items():
+            alive = [part for part in self.kept.get(name, ()) if 0 in part.axes]
+            old = np.arange(self.shapes[name][0])
+            if alive:
+                old = np.flatnonzero(alive[0].mask.reshape(len(alive[0].mask), -1).any(1))
+            known = result.get(name, ((), 1.0))
+            every = tuple(sorted({*known[0], *old[list(rows)].tolist()}))
+            result[name] = (every, known[1] * factor)
+        return result
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "model": self.model,
+                "costs": {key: list(value) for key, value in self.costs.items()},
+                "options": self.options,
+                "inputs": self.inputs,
+                "widths": [[w.group, w.family, w.before, w.after] for w in self.widths],
+                "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                "aliases": {name: first for name, first in self.aliases.items() if name != first},
+                "kept": {
+                    name: [
+                        {"axes": list(p.axes), "shape": list(p.mask.shape), "kept": _runs(p.mask)}
+                        for p in parts
+                    ]
+                    for name, parts in self.kept.items()
+                },
+                "attributes": self.attributes,
+                "rescale": {
+                    name: {"rows": _runs_of(rows), "factor": factor}
+                    for name, (rows, factor) in self.rescale.items()
+                },
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan of a JSON text. Raises `ArtefactError` where it is none."""
+        try:
+            return _from_dict(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ArtefactError(
+                f"this is not a plan of format {FORMAT}: {type(error).__name__}: {error}. "
+                "Give the text that Plan.to_json wrote, whole."
+            ) from error
+
+    def __str__(self) -> str:
+        lines = [f"Plan for {self.model}"]
+        for name, (before, after) in self.costs.items():
+            lines.append(f"  {name}: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+        wide = max([len(w.group) for w in self.widths], default=0)
+        for w in self.widths:
+            if w.before != w.after:
+                lines.append(f"  {w.group:<{wide}}  {w.before} -> {w.after} {w.family}")
+        return "\n".join(lines)
+
+
+def _placed(part: Kept, rank: int) -> Mask:
+    shape = [1] * rank
+    for axis, size in zip(part.axes, part.mask.shape, strict=True):
+        shape[axis] = size
+    return part.mask.reshape(shape)
+
+
+def parts_of(layers: Sequence[tuple[tuple[int, ...], Mask]]) -> tuple[Kept, ...]:
+    """Join masks over axes, in increasing order each, into parts with disjoint axes."""
+    parts: list[Kept] = []
+    for axes, mask in layers:
+        touching = [part for part in parts if set(part.axes) & set(axes)]
+        parts = [part for part in parts if not set(part.axes) & set(axes)]
+        parts.append(_anded([*touching, Kept(axes, mask)]))
+    return tuple(sorted((p for p in parts if not p.mask.all()), key=lambda part: part.axes))
+
+
+def _anded(parts: Sequence[Kept]) -> Kept:
+    axes = tuple(sorted({axis for part in parts for axis in part.axes}))
+    mask = np.ones((1,) * len(axes), bool)
+    for part in parts:
+        moved = Kept(tuple(axes.index(axis) for axis in part.axes), part.mask)
+        mask = mask & _placed(moved, len(axes))
+    return Kept(axes, mask)
+
+
+def _composed(first: Sequence[Kept], later: Sequence[Kept], shape: Sequence[int]) -> tuple[Kept, ...]:
+    """Each part of the later plan speaks of what the first one left."""
+    spans: list[set[int]] = []
+    for part in [*first, *later]:
+        span = set(part.axes).union(*(s for s in spans if s & set(part.axes)))
+        spans = [s for s in spans if not s & span] + [span]
+    result = []
+    for span in spans:
+        axes = tuple(sorted(span))
+        whole = Kept(axes, np.ones([shape[axis] for axis in axes], bool))
+        mask = _anded([whole, *(p for p in first if set(p.axes) <= span)])
+        rest = Kept(axes, np.ones(mask.sizes, bool))
+        after = _anded([rest, *(p for p in later if set(p.axes) <= span)])
+        joined = mask.mask.copy()
+        joined[mask.mask] = after.mask.ravel()
+        result.append(Kept(axes, joined))
+    return tuple(result)
+
+
+def _widths_then(first: Sequence[Width], later: Sequence[Width]) -> tuple[Width, ...]:
+    after: dict[tuple[str, str], list[Width]] = {}
+    for w in later:
+        after.setdefault((w.group, w.family), []).append(w)
+    result = []
+    for w in first:
+        found = after.get((w.group, w.family), [])
+        result.append(Width(w.group, w.family, w.before, found.pop(0).after if found else w.after))
+    return tuple(result)
+
+
+def _runs(mask: Mask) -> str:
+    return _runs_of(np.flatnonzero(mask.ravel()).tolist())
+
+
+def _runs_of(numbers: Sequence[int]) -> str:
+    """Write increasing numbers as "0-3,5"."""
+    array = np.asarray(numbers, np.int64)
+    if not len(array):
+        return ""
+    cuts = np.flatnonzero(np.diff(array) != 1)
+    first, last = array[np.r_[0, cuts + 1]].tolist(), array[np.r_[cuts, len(array) - 1]].tolist()
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
+
+
+def _numbers(runs: str, limit: int) -> np.ndarray:
+    mask = np.zeros(limit, bool)
+    for run in runs.split(",") if runs else ():
+        first, _, last = run.partition("-")
+        start, stop = int(first), int(last or first) + 1
+        if not 0 <= start < stop <= limit:
+            raise ValueError(f"run {run!r} is outside 0-{limit - 1}")
+        mask[start:stop] = True
+    return np.flatnonzero(mask)
+
+
+def _from_dict(data: Mapping[str, Any]) -> Plan:
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']}")
+    shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
+    kept = {name: _parts_from(parts, shapes[name]) for name, parts in data["kept"].items()}
+    return Plan(
+        model=str(data["model"]),
+        shapes=shapes,
+        aliases={name: data["aliases"].get(name, name) for name in shapes},
+        kept=kept,
+        attributes=data["attributes"],
+        rescale={
+            name: (tuple(_numbers(entry["rows"], shapes[name][0]).tolist()), float(entry["factor"]))
+            for name, entry in data["rescale"].items()
+        },
+        widths=tuple(Width(str(g), str(f), int(b), int(a)) for g, f, b, a in data["widths"]),
+        costs={key: (int(before), int(after)) for key, (before, after) in data["costs"].items()},
+        options=data["options"],
+        inputs=data["inputs"],
+    )
+
+
+def _parts_from(parts: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> tuple[Kept, ...]:
+    result = []
+    for part in parts:
+        sizes = tuple(int(size) for size in part["shape"])
+        axes = tuple(int(axis) for axis in part["axes"])
+        if sizes != tuple(shape[axis] for axis in axes):
+            raise ValueError(f"a part of shape {sizes} for axes {axes} of {shape}")
+        mask = np.zeros(int(np.prod(sizes)), bool)
+        mask[_numbers(part["kept"], len(mask))] = True
+        result.append(Kept(axes, mask.reshape(sizes)))
+    return tuple(result)

@@ -1,0 +1,100 @@
+"""From live classes to a plan and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .groups import Groups
+from .labels import Mask, axis_size
+from .plan import Plan, Width, parts_of
+from .sizes import attribute_values
+
+
+def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
+    """Return the plan that keeps the classes in `alive`."""
+    of_ids = alive[groups.units.label]
+    kept = {}
+    for name, labels in groups.labels.items():
+        layers = []
+        for layer in labels.layers:
+            mask = of_ids[layer.ids]
+            if not mask.all():
+                layers.append((layer.axes, mask))
+        parts = parts_of(layers)
+        if parts:
+            kept[name] = parts
+    everything = groups.everything()
+    return Plan(
+        model=type(groups.model).__name__,
+        shapes=dict(groups.trace.shapes),
+        aliases=dict(groups.trace.aliases),
+        kept=kept,
+        attributes=attribute_values(groups.model, groups.sites, of_ids),
+        rescale=_rescale(groups, of_ids),
+        widths=_widths(groups, alive),
+        costs={n: (groups.cost(n, everything), groups.cost(n, alive)) for n in groups.costs},
+        options=options,
+        inputs=describe(groups.trace.args, groups.trace.kwargs),
+        groups=groups,
+    )
+
+
+def _rescale(groups: Groups, of_ids: Mask) -> dict[str, tuple[tuple[int, ...], float]]:
+    result = {}
+    for pin in groups.pins:
+        new = axis_size(pin.labels, pin.axis, of_ids)
+        old = pin.labels.shape[pin.axis]
+        if new != old:
+            for name, rows in pin.rows.items():
+                result[name] = (tuple(rows.tolist()), (new / old) ** 0.5)
+    return result
+
+
+def _widths(groups: Groups, alive: Mask) -> tuple[Width, ...]:
+    widths = []
+    for group in groups:
+        for family in group.families:
+            left = [c for c in family.clusters if alive[c].any()] or list(family.clusters)
+            gone = max(int((~alive[c]).sum()) for c in left)
+            widths.append(Width(group.name, family.kind, family.width, family.width - gone))
+    return tuple(widths)
+
+
+def alive_of(groups: Groups, plan: Plan) -> Mask:
+    """Return the classes that a plan for the same network keeps."""
+    plan.check(groups.model)
+    alive = np.ones(groups.units.count, bool)
+    for name, parts in plan.kept.items():
+        for layer in groups.labels[name].layers:
+            for part in parts:
+                if set(layer.axes) <= set(part.axes):
+                    gone = tuple(k for k, axis in enumerate(part.axes) if axis not in layer.axes)
+                    mask = part.mask.any(axis=gone)
+                    classes = groups.units.label[layer.ids]
+                    alive[np.setdiff1d(classes, classes[mask])] = False
+    for _ in range(4):
+        for block, items in groups.units.below.items():
+            if len(items) and not alive[items].any():
+                alive[block] = False
+    return alive
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return example inputs as JSON values: tensors by shape and type, numbers as they are."""
+    return {
+        "args": [_described(value) for value in args],
+        "kwargs": {key: _described(value) for key, value in kwargs.items()},
+    }
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    return {"type": type(value).__name__}

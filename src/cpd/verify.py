@@ -1,0 +1,183 @@
+"""Verify: proof that the cut network computes what the masked original does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .comb import comb
+from .errors import InputError
+from .groups import Groups
+from .plan import Plan
+from .planning import alive_of
+from .reference import Reference
+from .surgery import rebuild
+from .trace import Inputs, named_tensors, quiet_state, split_inputs
+
+LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The result of `verify`: true where the largest relative difference is within the limit.
+
+    `mode`: "exact" (against the zeroed network itself) or "masked statistics" (against the zeroed graph with
+    statistics over kept channels). `checks`: what was compared -> largest difference, relative to the
+    largest reference value of that output.
+    """
+
+    max_error: float
+    limit: float
+    mode: str
+    where: str
+    checks: dict[str, float]
+
+    def __bool__(self) -> bool:
+        return self.max_error <= self.limit  # NaN is false
+
+    def __str__(self) -> str:
+        word = "verified" if self else "NOT verified"
+        lines = [f"{word} ({self.mode}): largest relative difference {self.max_error:.2e} (limit {self.limit:.0e})"]
+        lines += [f"  {name}: {value:.2e}" for name, value in self.checks.items()]
+        if not self:
+            lines.append(f"  first difference: {self.where}")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    example_inputs: Inputs | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float64,
+) -> Proof:
+    """Compare a cut network with the original in which everything removed is zero.
+
+    Both run in evaluation mode, in `dtype` where it is given and they can (copies; nothing given in changes). With
+    a plan made with `exact=True` the reference is the zeroed model itself; otherwise its graph with statistics
+    over kept channels. Without `example_inputs` random ones of the traced shapes are made.
+
+    Raises:
+        PlanMismatch: the plan was made for another model.
+        InputError: the plan holds no input shapes, and no inputs were given.
+    """
+    plan.check(model)
+    args, kwargs = inputs_like(plan) if example_inputs is None else split_inputs(example_inputs)
+    big, cut_net = _as_type(model, dtype), _as_type(small, dtype)
+    args, kwargs = _inputs_as(args, dtype), _inputs_as(kwargs, dtype)
+    try:
+        got = _run(cut_net, args, kwargs)
+    except Exception as error:  # noqa: BLE001 - a forward that fails is the finding
+        text = f"the cut network does not run: {type(error).__name__}: {error}"
+        return Proof(float("nan"), _limit(got_dtype=dtype), "run", text, {})
+    groups = _groups_for(big, plan, args, kwargs)
+    zeroed = _zeroed(big, plan)
+    exact = bool(plan.options.get("exact"))
+    wanted = _run(zeroed, args, kwargs) if exact else _reference(groups, plan, zeroed, args, kwargs)
+    checks = {f"output {k}": _difference(a, b) for k, (a, b) in enumerate(zip(got, wanted, strict=True))}
+    checks.update(_sizes_agree(cut_net, plan))
+    worst = max(checks.values(), default=0.0) if not any(v != v for v in checks.values()) else float("nan")
+    where = max(checks, key=lambda name: checks[name], default="") if checks else ""
+    mode = "exact" if exact else "masked statistics"
+    return Proof(worst, _limit(got[0].dtype if got else dtype), mode, where, checks)
+
+
+def _limit(got_dtype: torch.dtype | None) -> float:
+    return LIMITS.get(got_dtype or torch.float32, 2e-4)
+
+
+def inputs_like(plan: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs for the model of a plan: the traced ones, or random ones of their shapes and types."""
+    if plan.groups is not None:
+        return plan.groups.trace.args, plan.groups.trace.kwargs
+    generator = torch.Generator().manual_seed(0)
+    args = tuple(_made(item, generator) for item in plan.inputs.get("args", ()))
+    kwargs = {key: _made(item, generator) for key, item in plan.inputs.get("kwargs", {}).items()}
+    return args, kwargs
+
+
+def _made(item: Any, generator: torch.Generator) -> Any:
+    if not isinstance(item, dict):
+        return item
+    if "shape" not in item:
+        raise InputError(f"the plan's inputs hold a {item.get('type')}; give example_inputs")
+    kind = getattr(torch, item["dtype"])
+    if kind.is_floating_point:
+        return torch.randn(item["shape"], generator=generator).to(kind)
+    return torch.ones(item["shape"], dtype=kind)
+
+
+def _as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    tensors = {}
+    for name, tensor in named_tensors(model):
+        wide = tensor.is_floating_point() and dtype is not None
+        tensors[name] = tensor.detach().to(dtype) if wide else tensor.detach().clone()
+    return rebuild(model, tensors, {}).eval()
+
+
+def _inputs_as(values: Any, dtype: torch.dtype | None) -> Any:
+    def one(x: Any) -> Any:
+        wide = isinstance(x, torch.Tensor) and x.is_floating_point() and dtype is not None
+        return x.to(dtype) if wide else x
+
+    return torch.utils._pytree.tree_map(one, values)
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    with torch.no_grad(), quiet_state():
+        out = model(*args, **kwargs)
+    return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+
+def _groups_for(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups:
+    """Return the groups the plan was chosen from, or those of the same shapes combed anew."""
+    found = plan.groups
+    if found is not None and _shapes((args, kwargs)) == _shapes((found.trace.args, found.trace.kwargs)):
+        return found
+    options = {key: plan.options[key] for key in ("exact", "unknown") if key in plan.options}
+    return comb(model, kwargs or args, **options)
+
+
+def _shapes(values: Any) -> list[Any]:
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves]
+
+
+def _zeroed(model: nn.Module, plan: Plan) -> nn.Module:
+    state = dict(named_tensors(model))
+    tensors = {
+        name: state[name].detach() * mask.to(state[name].device)
+        for name, mask in plan.masks().items()
+        if name == plan.aliases[name]
+    }
+    return rebuild(model, tensors, {}).eval()
+
+
+def _reference(
+    groups: Groups, plan: Plan, zeroed: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[torch.Tensor]:
+    of_ids = alive_of(groups, plan)[groups.units.label]
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(zeroed)}
+    with torch.no_grad():
+        out = Reference(groups, of_ids, tensors).run_on(args, kwargs)
+    return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+
+def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    if got.shape != wanted.shape:
+        return float("inf")
+    if not got.is_floating_point():
+        return float((got != wanted).any())
+    scale = wanted.abs().max().clamp_min(1e-30)
+    return float(((got - wanted).abs().max() / scale).double()) if wanted.numel() else 0.0
+
+
+def _sizes_agree(small: nn.Module, plan: Plan) -> dict[str, float]:
+    """Parameters after cutting are as many as predicted."""
+    counted = sum(p.numel() for p in small.parameters())
+    predicted = plan.costs.get("params", (0, counted))[1]
+    return {} if counted == predicted else {f"{counted} parameters, {predicted} predicted": float("inf")}
