@@ -143,9 +143,13 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _ordered(tensor: Tensor, order: list[int] | None) -> Tensor:
-    """``tensor`` with its axes lying in memory in ``order``, slowest first."""
+    """A copy of ``tensor`` with its axes lying in memory in ``order``, slowest first.
+
+    A copy in any case: tensors of a mapped file start at any byte, where the kernels of a processor
+    add up in another order and differ in the last bit.
+    """
     if order is None:
-        return tensor
+        return tensor.clone()
     memory = torch.empty([tensor.shape[axis] for axis in order], dtype=tensor.dtype)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return memory.permute(inverse).copy_(tensor)
