@@ -28,7 +28,7 @@ class Shell:
         self,
         model: str,
         model_args: dict[str, Any] | None = None,
-        input_shape: list[int] | None = None,
+        input_shape: str | list[int] | None = None,
         ignore: list[str] | None = None,
         exact: bool = False,
         unknown: str = "freeze",
@@ -38,7 +38,7 @@ class Shell:
         Args:
             model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
             model_args: arguments for making it, such as --model_args.num_classes 10.
-            input_shape: shape of an input without the batch axis, such as [3,224,224].
+            input_shape: shape of an input without the batch axis, such as 3,224,224.
             ignore: modules or names whose width stays.
             exact: also keep what feeds statistics across channels.
             unknown: what to do at an operation without a rule: freeze or error.
@@ -139,7 +139,7 @@ class Shell:
         model: str,
         target: str,
         model_args: dict[str, Any] | None = None,
-        input_shape: list[int] | None = None,
+        input_shape: str | list[int] | None = None,
         weights: str | None = None,
         importance: str = "magnitude",
         ranking: str = "isomorphic",
@@ -157,7 +157,7 @@ class Shell:
             model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
             target: costs to reach, such as macs=0.5 or macs=0.5,params=0.6.
             model_args: arguments for making it, such as --model_args.pretrained true.
-            input_shape: shape of an input without the batch axis, such as [3,224,224].
+            input_shape: shape of an input without the batch axis, such as 3,224,224.
             weights: a safetensors file with its weights.
             importance: a score that needs no data: magnitude or random.
             ranking: isomorphic, global or uniform.

@@ -164,5 +164,8 @@ def describe(parser: ArgumentParser, *docs: str, prefix: str = "") -> None:
         pieces = re.split(r"(?:^|\.) *(\w+): ", re.sub(r"\s+", " ", body).strip())
         for name, about in zip(pieces[1::2], pieces[2::2], strict=False):
             texts[prefix + name] = about.strip(" .").replace("%", "%%").replace("``", "")
+    for group in parser._action_groups:
+        if (group.title or "").startswith("<"):
+            group.title = "what it takes"
     for action in parser._actions:
         action.help = texts.get(action.dest, action.help)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ class Source:
             raise InputError(f"{self.spec} gave {type(made).__name__}, not a network (nn.Module)")
         return made
 
-    def inputs(self, model: nn.Module, shape: list[int] | None, batch: int = 2) -> Any:
+    def inputs(self, model: nn.Module, shape: str | list[int] | None, batch: int = 2) -> Any:
         """Example inputs: of a shape (without the batch axis), or as the library says.
 
         Raises:
             InputError: nobody says which shape; give one.
         """
         if shape is not None:
-            return torch.randn(batch, *shape)
+            return torch.randn(batch, *_sizes(shape))
         library = self.spec.partition(":")[0]
         if library == "torchvision":
             return torch.randn(batch, 3, *_square(self.args.get("image_size", 224)))
@@ -76,6 +77,18 @@ class Source:
             size = _square(config.image_size)
             return {"pixel_values": torch.randn(batch, channels, *size)}
         raise InputError(f"which inputs does {self.spec} take? Give --input_shape, e.g. 3,224,224")
+
+
+def _sizes(shape: str | list[int]) -> list[int]:
+    """ "3,224,224" or a list of numbers."""
+    parts = shape.strip("[]() ").split(",") if isinstance(shape, str) else shape
+    try:
+        sizes = [int(part) for part in parts]
+    except ValueError as error:
+        raise InputError(f"--input_shape must be like 3,224,224, got {shape!r}") from error
+    if min(sizes, default=0) < 1:
+        raise InputError(f"--input_shape must be sizes of at least 1, got {shape!r}")
+    return sizes
 
 
 def _square(size: Any) -> tuple[int, int]:
@@ -95,7 +108,7 @@ def _from_timm(name: str, args: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UnknownName("network of timm", name, timm.list_models())
+        raise _unknown("timm", name, timm.list_models())
     made: nn.Module = timm.create_model(name, **args)
     return made
 
@@ -105,9 +118,17 @@ def _from_torchvision(name: str, args: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
     if name not in models.list_models():
-        raise UnknownName("network of torchvision", name, models.list_models())
+        raise _unknown("torchvision", name, models.list_models())
     made: nn.Module = models.get_model(name, **args)
     return made
+
+
+def _unknown(library: str, name: str, valid: list[str]) -> UnknownName:
+    """The nearest of very many names."""
+    near = get_close_matches(name, valid, n=12, cutoff=0.3) or valid[:12]
+    return UnknownName(
+        f"network of {library} ({len(valid)} in all; the nearest are listed):", name, near
+    )
 
 
 def _from_hf(name: str, args: dict[str, Any]) -> nn.Module:
