@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil
 
@@ -18,83 +18,109 @@ from .labels import Mask
 from .units import Family
 
 Scores = Mapping[str, torch.Tensor]
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """One step of a family: the classes that go together. `family` numbers the families."""
+@dataclass(frozen=True)
+class Source:
+    """A family that candidates come from: what is left of it now."""
 
-    family: int
-    classes: Ids
-    score: float
-    key: float
-    units: int
+    group: CouplingGroup
+    family: Family
+    kept: int
 
 
 @dataclass(eq=False)
 class Candidates:
-    """All candidates, those of one family in the order in which they may go."""
+    """All candidates as arrays of one length; those of one family in the order in which they may go.
+
+    `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what `ranking` compares,
+    `units[i]` how many units go at once. `classes`: (candidate, class) pairs, blocks with all that is in them.
+    """
 
     groups: Groups
-    units: list[Candidate] = field(default_factory=list)
-    limited: int = 0
-    kept: dict[int, int] = field(default_factory=dict)
-    kinds: dict[int, str] = field(default_factory=dict)
+    sources: list[Source]
+    family: Ids
+    score: Floats
+    key: Floats
+    units: Ids
+    classes: tuple[Ids, Ids]
+    limited: int
 
-    def closure(self, number: int) -> Ids:
-        """Return the classes that go with a candidate, blocks with all that is in them."""
-        classes = self.units[number].classes
-        if self.kinds[self.units[number].family] == "channels":
-            return classes
-        return self.groups.units.closure(classes.tolist())
+    def __len__(self) -> int:
+        return len(self.family)
 
-    def independent(self, number: int) -> bool:
-        """Say whether a candidate may be put back without regard to the others."""
-        return self.kinds[self.units[number].family] == "channels" and self.units[number].units == 1
+    def gone_at(self, order: Ids, alive: Mask) -> Ids:
+        """Return for each class the place in `order` at which it goes; len(order) + 1 where it stays."""
+        place = np.full(len(self), len(order) + 1, np.int64)
+        place[order] = np.arange(len(order))
+        gone = np.where(alive, len(order) + 1, -1)
+        candidate, classes = self.classes
+        np.minimum.at(gone, classes, place[candidate])
+        return gone
+
+    def kind(self, number: int) -> str:
+        """Return the kind of a candidate's family."""
+        return self.sources[self.family[number]].family.kind
 
 
-def candidates(
-    groups: Groups,
-    scores: Scores,
-    alive: Mask,
-    *,
-    ranking: str,
-    multiple_of: int,
-    min_keep: float,
-    limits: Mapping[str, float],
-    seed: int,
-) -> Candidates:
+@dataclass(frozen=True)
+class Rules:
+    """The options of `choose` that bound and rank candidates."""
+
+    ranking: str
+    multiple_of: int
+    min_keep: float
+    limits: Mapping[str, float]
+    seed: int
+
+
+def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Candidates:
     """Return all units that may go, scored and ranked (see `choose`)."""
     values = _class_scores(groups, scores)
-    _check_limits(groups, limits)
-    tie = np.random.default_rng(seed).random(len(values))
-    found = Candidates(groups)
-    pools: dict[object, list[tuple[int, NDArray[np.float64], list[Ids], int]]] = {}
-    number = 0
+    _check_limits(groups, rules.limits)
+    tie = np.random.default_rng(rules.seed).random(len(values))
+    weights = _Weights(groups, values)
+    sources: list[Source] = []
+    pools: list[object] = []
+    parts: list[tuple[NDArray[np.int64], Floats, list[int]]] = []
+    limited = 0
     for group in groups:
         for position, family in enumerate(group.families):
-            number += 1
-            found.kinds[number] = family.kind
-            steps, kept = _ordered(groups, family, values, tie, alive)
-            removable = _removable(group, family, kept, len(steps), min_keep, limits)
-            found.limited += int(removable < len(steps) or kept > len(steps))
-            found.kept[number] = kept
-            chunk = multiple_of if family.kind in ("channels", "head dims") else 1
+            steps, kept = _ordered(weights, family, tie, alive)
+            removable = _removable(group, family, kept, len(steps), rules)
+            limited += int(removable < kept)
+            chunk = rules.multiple_of if family.kind in ("channels", "head dims") else 1
             sizes = _chunks(kept, removable, chunk)
-            key = {"isomorphic": (group.kind, position), "uniform": number}.get(ranking, "all")
-            entry = (number, _step_scores(groups, family, values, steps), steps, removable)
-            pools.setdefault(key, []).append((entry[0], entry[1], _joined(steps, sizes), family.width))
-            found.units += _candidates_of(entry, sizes)
-    _rank(found, pools, ranking)
-    _protect(found)
-    return found
+            steps = steps[: sum(sizes)]
+            parts.append((steps, weights.of(steps.ravel()).reshape(steps.shape).sum(1), sizes))
+            pool = {"isomorphic": (group.kind, position), "uniform": len(sources)}
+            pools.append(pool.get(rules.ranking, "all"))
+            sources.append(Source(group, family, kept))
+    found = _gathered(groups, sources, parts, limited)
+    _rank(found, pools, rules.ranking)
+    return _protected(found)
 
 
-def _class_scores(groups: Groups, scores: Scores) -> NDArray[np.float64]:
+class _Weights:
+    """What classes weigh; a block weighs what all its channels weigh."""
+
+    def __init__(self, groups: Groups, values: Floats) -> None:
+        self.total = values.copy()
+        for block in groups.units.below:
+            self.total[block] = values[groups.units.closure([block])].sum()
+
+    def of(self, classes: Ids) -> Floats:
+        return self.total[classes]
+
+
+def _class_scores(groups: Groups, scores: Scores) -> Floats:
     values = np.zeros(groups.units.count)
     for group in groups:
         if group.name not in scores:
-            raise InputError(f"scores have no entry for group {group.name!r}; give one vector for each group")
+            raise InputError(
+                f"scores have no entry for group {group.name!r}; give one vector for each group"
+            )
         vector = torch.as_tensor(scores[group.name]).detach().double().cpu().numpy()
         if vector.shape != (group.size,):
             raise InputError(
@@ -115,116 +141,124 @@ def _check_limits(groups: Groups, limits: Mapping[str, float]) -> None:
             raise InputError(f"limit {pattern}={share!r}; give the largest share that may go, 0 to 1")
 
 
-def _unit_values(groups: Groups, classes: Ids, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A block weighs what all its channels weigh."""
-    below = groups.units.below
-    return np.array(
-        [values[groups.units.closure([c])].sum() if c in below else values[c] for c in classes.tolist()]
-    )
-
-
-def _ordered(
-    groups: Groups, family: Family, values: NDArray[np.float64], tie: NDArray, alive: Mask
-) -> tuple[list[Ids], int]:
-    """Return the units that could go, from the least important, and how many units are left now."""
+def _ordered(weights: _Weights, family: Family, tie: Floats, alive: Mask) -> tuple[Ids, int]:
+    """Return the units that could go, least important first, shape (units, clusters); and how many are left."""
     columns = []
+    gone = 0
     for cluster in family.clusters:
         left = cluster[alive[cluster]]
-        if not len(left):
-            continue  # the whole row is gone
-        score = _unit_values(groups, left, values)
-        columns.append(left[np.lexsort((tie[left], score))])
+        if len(left):  # otherwise the whole row has gone
+            gone = max(gone, len(cluster) - len(left))
+            columns.append(left[np.lexsort((tie[left], weights.of(left)))])
     if not columns:
-        return [], 0
-    gone = max(int((~alive[cluster]).sum()) for cluster in family.clusters if alive[cluster].any())
+        return np.empty((0, 1), np.int64), 0
     length = min(len(column) for column in columns)
-    return list(np.stack([column[:length] for column in columns], axis=1)), family.width - gone
+    return np.stack([column[:length] for column in columns], axis=1), family.width - gone
 
 
-def _removable(
-    group: CouplingGroup,
-    family: Family,
-    kept: int,
-    free: int,
-    min_keep: float,
-    limits: Mapping[str, float],
-) -> int:
-    share = min([1 - min_keep] + [s for p, s in limits.items() if fnmatchcase(group.name, p)])
-    least = max(1, ceil(family.width * (1 - share) - 1e-9))
+def _removable(group: CouplingGroup, family: Family, kept: int, free: int, rules: Rules) -> int:
+    shares = [share for pattern, share in rules.limits.items() if fnmatchcase(group.name, pattern)]
+    least = max(1, ceil(family.width * (1 - min([1 - rules.min_keep, *shares])) - 1e-9))
     return max(0, min(free, kept - least))
 
 
 def _chunks(kept: int, removable: int, multiple_of: int) -> list[int]:
     """Sizes of the steps by which a width goes down to multiples of `multiple_of`."""
-    if multiple_of == 1 or kept < multiple_of:
-        return [1] * (removable if multiple_of == 1 else 0)
-    sizes = [kept % multiple_of] if kept % multiple_of else []
-    while sum(sizes) + multiple_of <= removable and kept - sum(sizes) - multiple_of > 0:
-        sizes.append(multiple_of)
-    return sizes if sum(sizes) <= removable else []
+    if multiple_of == 1:
+        return [1] * removable
+    first = kept % multiple_of or multiple_of
+    if kept <= multiple_of or first > removable:
+        return []
+    return [first] + [multiple_of] * ((removable - first) // multiple_of)
 
 
-def _step_scores(
-    groups: Groups, family: Family, values: NDArray[np.float64], steps: list[Ids]
-) -> NDArray[np.float64]:
-    if not steps:
-        return np.empty(0)
-    flat = np.stack(steps)
-    return _unit_values(groups, flat.ravel(), values).reshape(flat.shape).sum(1)
+def _gathered(
+    groups: Groups,
+    sources: list[Source],
+    parts: list[tuple[NDArray[np.int64], Floats, list[int]]],
+    limited: int,
+) -> Candidates:
+    family, units, score, rows, classes = [], [], [], [], []
+    first = 0
+    for number, (steps, values, sizes) in enumerate(parts):
+        length = np.array(sizes, np.int64)
+        family.append(np.full(len(length), number))
+        units.append(length)
+        starts = np.cumsum(length) - length
+        score.append(np.add.reduceat(values, starts) if len(length) else np.empty(0))
+        row = np.repeat(np.arange(len(length)), length) + first
+        rows.append(np.repeat(row, steps.shape[1]))
+        classes.append(steps.ravel())
+        first += len(length)
+    empty = [np.empty(0, np.int64)]
+    pairs = _with_blocks(groups, np.concatenate(rows or empty), np.concatenate(classes or empty))
+    total = np.concatenate(score or [np.empty(0)])
+    counts = np.concatenate(units or empty)
+    key = total / np.maximum(counts, 1)
+    return Candidates(
+        groups, sources, np.concatenate(family or empty), total, key, counts, pairs, limited
+    )
 
 
-def _joined(steps: list[Ids], sizes: list[int]) -> list[Ids]:
-    ends = np.cumsum([0, *sizes])
-    return [np.concatenate(steps[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+def _with_blocks(groups: Groups, rows: Ids, classes: Ids) -> tuple[Ids, Ids]:
+    """Add to each block all classes that die with it."""
+    all_rows, all_classes = [rows], [classes]
+    is_block = np.isin(classes, np.fromiter(groups.units.below, np.int64, len(groups.units.below)))
+    for row, block in zip(rows[is_block].tolist(), classes[is_block].tolist(), strict=True):
+        closure = groups.units.closure([block])
+        all_rows.append(np.full(len(closure), row))
+        all_classes.append(closure)
+    return np.concatenate(all_rows), np.concatenate(all_classes)
 
 
-def _candidates_of(
-    entry: tuple[int, NDArray[np.float64], list[Ids], int], sizes: list[int]
-) -> list[Candidate]:
-    number, score, steps, _ = entry
-    ends = np.cumsum([0, *sizes])
-    return [
-        Candidate(number, classes, float(score[a:b].sum()), float(score[a:b].mean()), b - a)
-        for classes, a, b in zip(_joined(steps, sizes), ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    ]
-
-
-def _rank(found: Candidates, pools: Mapping[object, list], ranking: str) -> None:
+def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
     """Turn scores into keys: the share of the pool that has gone by then, or the score itself."""
-    pool_of = {entry[0]: pool for pool, entries in pools.items() for entry in entries}
-    total = {pool: sum(entry[3] for entry in entries) for pool, entries in pools.items()}
-    keys = np.array([unit.key for unit in found.units])
-    families = np.array([unit.family for unit in found.units])
-    for number in np.unique(families):
-        mine = families == number
-        keys[mine] = np.maximum.accumulate(keys[mine])
-    if ranking != "global":
-        gone = dict.fromkeys(pools, 0)
-        for position in np.argsort(keys, kind="stable"):
-            unit = found.units[position]
-            pool = pool_of[unit.family]
-            keys[position] = (gone[pool] + unit.units / 2) / total[pool]
-            gone[pool] += unit.units
-    found.units = [
-        Candidate(u.family, u.classes, u.score, float(k), u.units)
-        for u, k in zip(found.units, keys, strict=True)
-    ]
+    starts = np.flatnonzero(np.diff(found.family, prepend=-1))
+    for a, b in zip(starts, [*starts[1:], len(found)], strict=True):
+        found.key[a:b] = np.maximum.accumulate(found.key[a:b])
+    if ranking == "global":
+        return
+    total: dict[object, int] = {}
+    for pool, source in zip(pools, found.sources, strict=True):
+        total[pool] = total.get(pool, 0) + source.family.width
+    names = {pool: number for number, pool in enumerate(total)}
+    pool_of = np.array([names[pool] for pool in pools], np.int64)[found.family]
+    for pool, number in names.items():
+        mine = np.flatnonzero(pool_of == number)
+        order = mine[np.argsort(found.key[mine], kind="stable")]
+        done = np.cumsum(found.units[order])
+        found.key[order] = (done - found.units[order] / 2) / total[pool]
 
 
-def _protect(found: Candidates) -> None:
+def _protected(found: Candidates) -> Candidates:
     """Of every run that must not vanish, hold back the candidates from the best one on."""
-    killer: dict[int, int] = {}
-    for number in range(len(found.units)):
-        for c in found.closure(number).tolist():
-            killer.setdefault(c, number)
-    cut_off: dict[int, int] = {}
+    if not found.groups.units.nonempty or not len(found):
+        return found
+    killer = np.full(found.groups.units.count, -1, np.int64)
+    candidate, classes = found.classes
+    killer[classes] = candidate
+    stays = np.ones(len(found), bool)
     for run in found.groups.units.nonempty:
-        numbers = [killer.get(c) for c in run.tolist()]
-        if None in numbers:
-            continue
-        last = max((n for n in numbers if n is not None), key=lambda n: (found.units[n].key, n))
-        family = found.units[last].family
-        cut_off[family] = min(cut_off.get(family, last), last)
-    found.units = [
-        unit for n, unit in enumerate(found.units) if n < cut_off.get(unit.family, len(found.units))
-    ]
+        numbers = killer[run]
+        numbers = numbers[stays[numbers]] if (numbers >= 0).all() else numbers[:0]
+        if len(numbers) == len(run) and len(run):
+            last = max(numbers.tolist(), key=lambda n: (found.key[n], n))
+            after = np.arange(len(found)) >= last
+            stays &= ~(after & (found.family == found.family[last]))
+    return _only(found, stays)
+
+
+def _only(found: Candidates, stays: Mask) -> Candidates:
+    index = np.cumsum(stays) - 1
+    candidate, classes = found.classes
+    pairs = stays[candidate]
+    return Candidates(
+        found.groups,
+        found.sources,
+        found.family[stays],
+        found.score[stays],
+        found.key[stays],
+        found.units[stays],
+        (index[candidate[pairs]], classes[pairs]),
+        found.limited,
+    )

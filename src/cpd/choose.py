@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ._shelf import one
-from .candidates import Candidates, candidates
+from .candidates import Candidates, Rules, candidates
+from .channels import Ids
 from .errors import InputError, UnknownName, UnreachableTarget
 from .groups import Groups
 from .labels import Mask
@@ -99,11 +100,9 @@ def choose(
         raise UnknownName("ranking", ranking, RANKINGS)
     _check_options(multiple_of, min_keep)
     before = groups.everything() if start is None else alive_of(groups, start)
-    found = candidates(
-        groups, scores, before, ranking=ranking, multiple_of=multiple_of, min_keep=min_keep,
-        limits=dict(limits or {}), seed=seed,
-    )  # fmt: skip
-    order = _strategy(strategy)(found)
+    rules = Rules(ranking, multiple_of, min_keep, dict(limits or {}), seed)
+    found = candidates(groups, scores, before, rules)
+    order = np.asarray(_strategy(strategy)(found), np.int64)
     alive, met = _shortest(groups, found, order, before, shares)
     if not met and unreachable == "error":
         raise _unreachable(groups, found, alive, shares)
@@ -134,17 +133,15 @@ def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
 def _shortest(
     groups: Groups,
     found: Candidates,
-    order: Sequence[int],
+    order: Ids,
     before: Mask,
     shares: Mapping[str, float],
 ) -> tuple[Mask, bool]:
     """Return what is alive after the shortest run of `order` that meets all shares, and whether one does."""
     last = len(order)
-    gone_at = np.where(before, last + 1, -1)
-    for position, number in enumerate(order):
-        closure = found.closure(number)
-        gone_at[closure] = np.minimum(gone_at[closure], position)
-    budgets = {n: share * groups.cost(n, groups.everything()) for n, share in shares.items()}
+    gone_at = found.gone_at(order, before)
+    everything = groups.everything()
+    budgets = {name: share * groups.cost(name, everything) for name, share in shares.items()}
 
     def meets(alive: Mask) -> bool:
         return all(groups.cost(name, alive) <= budget for name, budget in budgets.items())
@@ -163,18 +160,19 @@ def _shortest(
 
 def _given_back(
     found: Candidates,
-    order: Sequence[int],
+    order: Ids,
     gone_at: np.ndarray,
     length: int,
     meets: Callable[[Mask], bool],
 ) -> Mask:
-    """Put back single units that the last big one made unnecessary."""
-    alive = gone_at >= length
-    for position in range(length - 2, max(length - 10, -1), -1):
-        with_it = alive.copy()
-        closure = found.closure(order[position])
-        with_it[closure[gone_at[closure] == position]] = True
-        if found.independent(order[position]) and meets(with_it):
+    """Put back single channels that the last, big unit made unnecessary."""
+    alive: Mask = gone_at >= length
+    for place in range(length - 2, max(length - 10, -1), -1):
+        number = int(order[place])
+        if found.kind(number) != "channels" or found.units[number] != 1:
+            continue
+        with_it = alive | (gone_at == place)
+        if meets(with_it):
             alive = with_it
     return alive
 

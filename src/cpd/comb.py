@@ -16,7 +16,7 @@ from .channels import Ids, components
 from .errors import InputError, UnknownName
 from .graph import Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
-from .labels import Labels
+from .labels import Labels, Layer
 from .pins import pin_queries
 from .rules import Factor
 from .sizes import find_sites
@@ -52,8 +52,8 @@ def comb(
     graph = trace(model, example_inputs)
     reader = Reader(graph, exact=exact, unknown=unknown)
     reader.read()
-    _freeze_ignored(model, reader, list(ignore))
-    _freeze_unused(model, reader)
+    _note_unused(model, reader)
+    _freeze_ignored(model, reader, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore))
     pins = pin_queries(reader)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins)
@@ -82,14 +82,13 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
         if not found:
             modules = [name for name, _ in model.named_modules() if name]
             raise UnknownName("module or tensor to ignore", pattern, modules)
-        for name in found:
-            labels = reader.labels.get(reader.trace.aliases[name])
-            for layer in labels.layers if labels else ():
-                if (reader.trace.aliases[name], layer.owner) not in consumed:
-                    reader.channels.freeze(layer.ids, "ignored by the user")
+        for first in {reader.trace.aliases[name] for name in found}:
+            made = [x for x in reader.labels[first].layers if (first, x.owner) not in consumed]
+            for layer in made:
+                reader.channels.freeze(layer.ids, "ignored by the user")
 
 
-def _freeze_unused(model: nn.Module, reader: Reader) -> None:
+def _note_unused(model: nn.Module, reader: Reader) -> None:
     """A tensor that no call reads has no ids; nothing to do but to know it (it is kept as it is)."""
     for name, tensor in named_tensors(model):
         name = reader.trace.aliases[name]
@@ -149,36 +148,44 @@ def _param_terms(model: nn.Module, reader: Reader) -> Terms:
 def finish(groups: Groups) -> Groups:
     """Form groups of the units that can go, and list what stays with its reasons."""
     units = groups.units
-    signature = _signatures(groups)
-    families = units.families + _singles(units, signature)
-    edges = [(0, 0)]
-    closures = []
-    for family in families:
-        closure = units.closure(int(c) for cluster in family.clusters for c in cluster)
-        closures.append(closure)
-        edges += [(int(closure[0]), int(c)) for c in closure]
-    pairs = np.array(edges, np.int64)
-    component = components(units.count, pairs[:, 0], pairs[:, 1])
-    members: dict[int, list[int]] = {}
+    families = units.families + _singles(units, _signatures(groups))
+    closures = [units.closure(np.concatenate(family.clusters).tolist()) for family in families]
+    firsts = [np.full(len(closure), closure[0]) for closure in closures]
+    empty = [np.empty(0, np.int64)]
+    component = components(
+        units.count, np.concatenate(firsts or empty), np.concatenate(closures or empty)
+    )
+    numbers: dict[int, list[int]] = {}
     for number, closure in enumerate(closures):
-        members.setdefault(int(component[closure[0]]), []).append(number)
-    names = _names(groups)
-    made: list[tuple[tuple[int, str], CouplingGroup]] = []
-    taken: set[str] = set()
-    for numbers in members.values():
-        classes = np.unique(np.concatenate([closures[k] for k in numbers]))
-        order, name = min(names[c] for c in classes.tolist() if c in names)
-        unique, count = name, 1
-        while unique in taken:
-            count += 1
-            unique = f"{name}#{count}"
-        taken.add(unique)
-        kinds = tuple(families[k] for k in numbers)
-        shape = (tuple((f.kind) for f in kinds), _shape_key(groups, classes, signature))
-        made.append(((order, unique), CouplingGroup(unique, classes, kinds, shape, groups)))
-    groups.groups = tuple(group for _, group in sorted(made, key=lambda pair: pair[0]))
+        numbers.setdefault(int(component[closure[0]]), []).append(number)
+    made = []
+    for mine in numbers.values():
+        classes = np.unique(np.concatenate([closures[k] for k in mine]))
+        made.append((classes, tuple(families[k] for k in mine)))
+    groups.groups = _named(groups, made)
     groups.frozen = tuple(_frozen(groups, closures))
     return groups
+
+
+def _named(
+    groups: Groups, made: list[tuple[Ids, tuple[Family, ...]]]
+) -> tuple[CouplingGroup, ...]:
+    """Name each group after the first tensor that makes its channels, and order them so."""
+    tensors = list(groups.labels)
+    first = _first_tensors(groups)
+    kinds = _layer_kinds(groups, made)
+    made_at = sorted(range(len(made)), key=lambda k: (int(first[made[k][0]].min()), k))
+    taken: dict[str, int] = {}
+    result = []
+    for k in made_at:
+        classes, families = made[k]
+        tensor = tensors[int(first[classes].min()) % len(tensors)]
+        name = tensor.rpartition(".")[0] or tensor
+        taken[name] = taken.get(name, 0) + 1
+        name = name if taken[name] == 1 else f"{name}#{taken[name]}"
+        kind = (tuple(family.kind for family in families), kinds[k])
+        result.append(CouplingGroup(name, classes, families, kind, groups))
+    return tuple(result)
 
 
 def _singles(units: Units, signature: np.ndarray) -> list[Family]:
@@ -208,30 +215,38 @@ def _signatures(groups: Groups) -> np.ndarray:
     return total
 
 
-def _names(groups: Groups) -> dict[int, tuple[int, str]]:
-    """Return for each class the first tensor that makes it: (order, module path)."""
-    names: dict[int, tuple[int, str]] = {}
-    for role in ("out", "in"):
-        for order, (tensor, labels) in enumerate(groups.labels.items()):
-            for layer in labels.layers:
-                if ((tensor, layer.owner) in groups.consumed) == (role == "in"):
-                    for c in np.unique(groups.units.label[layer.ids]).tolist():
-                        names.setdefault(c, (order, tensor.rpartition(".")[0] or tensor))
-    return names
-
-
-def _shape_key(groups: Groups, classes: Ids, signature: np.ndarray) -> tuple[object, ...]:
-    """Return what structurally identical groups share: kinds of layers and axes, not sizes or names."""
-    mask = np.zeros(groups.units.count, bool)
-    mask[classes] = True
-    key = set()
-    for tensor, labels in groups.labels.items():
-        path, _, leaf = tensor.rpartition(".")
+def _layers(groups: Groups) -> Iterable[tuple[int, str, Layer, Ids]]:
+    """Every layer of every tensor with its classes: (number of the tensor, name, layer, classes)."""
+    for number, (tensor, labels) in enumerate(groups.labels.items()):
         for layer in labels.layers:
-            if mask[groups.units.label[layer.ids]].any():
-                kind = type(groups.model.get_submodule(path)).__name__
-                key.add((kind, leaf, layer.axes))
-    return tuple(sorted(key))
+            yield number, tensor, layer, groups.units.label[layer.ids]
+
+
+def _first_tensors(groups: Groups) -> Ids:
+    """Return for each class the number of the first tensor that makes it; readers count after makers."""
+    count = len(groups.labels)
+    first = np.full(groups.units.count, 2 * count, np.int64)
+    for number, tensor, layer, classes in _layers(groups):
+        late = count if (tensor, layer.owner) in groups.consumed else 0
+        first[classes] = np.minimum(first[classes], number + late)
+    return first
+
+
+def _layer_kinds(
+    groups: Groups, made: list[tuple[Ids, tuple[Family, ...]]]
+) -> list[tuple[object, ...]]:
+    """Return what structurally identical groups share: kinds of layers and axes, not sizes or names."""
+    owner = np.full(groups.units.count, -1, np.int64)
+    for number, (classes, _) in enumerate(made):
+        owner[classes] = number
+    keys: list[set[tuple[str, str, tuple[int, ...]]]] = [set() for _ in made]
+    for _, tensor, layer, classes in _layers(groups):
+        path, _, leaf = tensor.rpartition(".")
+        key = (type(groups.model.get_submodule(path)).__name__, leaf, layer.axes)
+        for number in np.unique(owner[classes]).tolist():
+            if number >= 0:
+                keys[number].add(key)
+    return [tuple(sorted(key)) for key in keys]
 
 
 def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
@@ -241,13 +256,9 @@ def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
     for closure in closures:
         movable[closure] = True
     parameters = {name for name, _ in groups.model.named_parameters()}
-    for tensor, labels in groups.labels.items():
-        if tensor not in parameters:
-            continue
-        for layer in labels.layers:
-            classes = units.label[layer.ids]
-            stuck = np.unique(classes[~movable[classes]])
-            if len(stuck):
-                known = [units.reason(int(c)) for c in stuck]
-                reason = next((r for r in known if r), "must keep step with channels that cannot go")
-                yield Frozen(tensor, layer.owner, reason, len(stuck))
+    for _, tensor, layer, classes in _layers(groups):
+        stuck = np.unique(classes[~movable[classes]]) if tensor in parameters else classes[:0]
+        if len(stuck):
+            known = [units.reason(int(c)) for c in stuck]
+            reason = next((r for r in known if r), "must keep step with channels that cannot go")
+            yield Frozen(tensor, layer.owner, reason, len(stuck))

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from math import floor, log2
 from typing import Any
 
+import numpy as np
+
 from .candidates import Candidates
 
 
 def oneshot(found: Candidates) -> Sequence[int]:
     """Order all candidates by their keys; those of one family keep their order."""
-    return sorted(range(len(found.units)), key=lambda number: (found.units[number].key, number))
+    order: list[int] = np.argsort(found.key, kind="stable").tolist()
+    return order
 
 
 def greedy(found: Candidates) -> Sequence[int]:
@@ -22,15 +25,15 @@ def greedy(found: Candidates) -> Sequence[int]:
     Source: the released code of "Comb, Prune, Distill" (arXiv 2408.03046).
     """
     queues: dict[int, list[int]] = {}
-    for number, unit in enumerate(found.units):
-        queues.setdefault(unit.family, []).append(number)
-    kept = dict(found.kept)
+    for number, family in enumerate(found.family.tolist()):
+        queues.setdefault(family, []).append(number)
+    kept = {family: found.sources[family].kept for family in queues}
     order: list[int] = []
 
     def event(family: int) -> tuple[float, int, int]:
-        k = _per_event(kept[family]) if found.kinds[family] == "channels" else 1
-        numbers = queues[family][:k]
-        return sum(found.units[n].score for n in numbers), family, len(numbers)
+        channels = found.sources[family].family.kind == "channels"
+        numbers = queues[family][: _per_event(kept[family]) if channels else 1]
+        return float(found.score[numbers].sum()), family, len(numbers)
 
     heap = [event(family) for family in queues]
     heapq.heapify(heap)
@@ -38,7 +41,7 @@ def greedy(found: Candidates) -> Sequence[int]:
         _, family, k = heapq.heappop(heap)
         gone, queues[family] = queues[family][:k], queues[family][k:]
         order += gone
-        kept[family] -= sum(found.units[n].units for n in gone)
+        kept[family] -= int(found.units[gone].sum())
         if queues[family]:
             heapq.heappush(heap, event(family))
     return order
@@ -49,4 +52,4 @@ def _per_event(kept: int) -> int:
     return 1 if sixteenths < 1 else min(2 ** floor(log2(sixteenths)), 4)
 
 
-STRATEGIES: dict[str, Callable[..., Any]] = {"oneshot": oneshot, "greedy": greedy}
+STRATEGIES: dict[str, Callable[..., Any]] = {"greedy": greedy, "oneshot": oneshot}

@@ -43,20 +43,18 @@ def freeze_unfollowed(groups: Groups) -> None:
 
 def _suspects(groups: Groups) -> dict[object, list[Family]]:
     """Families that change a literal size, by the classes of the modules whose literals they change."""
-    label, model = groups.units.label, groups.model
-    places: dict[int, set[tuple[str, str]]] = {}
+    touched: dict[tuple[str, str], Mask] = {}
     for step in groups.steps:
+        kind = type(groups.model.get_submodule(location(step.node)[0])).__name__ if step.sizes else ""
         for size in step.sizes:
-            path = location(step.node)[0]
-            kind = type(model.get_submodule(path)).__name__
+            mask = touched.setdefault((kind, size.arg), np.zeros(groups.units.count, bool))
             for layer in size.labels.layers:
                 if size.axis in layer.axes:
-                    for c in np.unique(label[layer.ids]).tolist():
-                        places.setdefault(c, set()).add((kind, size.arg))
+                    mask[groups.units.label[layer.ids]] = True
     found: dict[object, list[Family]] = {}
     for family in groups.units.families:
-        closure = groups.units.closure(int(c) for cluster in family.clusters for c in cluster)
-        key = frozenset().union(*(places.get(c, set()) for c in closure.tolist()))
+        closure = groups.units.closure(np.concatenate(family.clusters).tolist())
+        key = frozenset(place for place, mask in touched.items() if mask[closure].any())
         if key:
             found.setdefault((family.kind, key), []).append(family)
     return found
@@ -67,7 +65,8 @@ def _without(groups: Groups, families: Iterable[Family]) -> Mask:
     alive = groups.everything()
     for family in families:
         gone = max(1, min(family.size, family.width - 1) // 2) if family.width > 1 else 0
-        alive[groups.units.closure(int(c) for k in family.clusters for c in k[:gone])] = False
+        first = np.concatenate([cluster[:gone] for cluster in family.clusters])
+        alive[groups.units.closure(first.tolist())] = False
     return alive
 
 
@@ -82,7 +81,8 @@ def _runner(groups: Groups) -> Callable[[Mask], str | None]:
 
 def _output_shapes(groups: Groups) -> list[tuple[int, ...]]:
     output = next(iter(reversed(groups.trace.graph.nodes)))
-    return [tuple(x.meta["val"].shape) for x in output.args[0] if hasattr(x, "meta") and hasattr(x.meta.get("val"), "shape")]
+    values = [x.meta.get("val") for x in output.args[0] if hasattr(x, "meta")]  # type: ignore[union-attr]
+    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
 
 
 def _run(

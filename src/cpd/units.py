@@ -11,7 +11,7 @@ NumPy only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,17 +47,23 @@ class Units:
     below: dict[int, Ids]
     nonempty: list[Ids]
     bound: NDArray[np.bool_]
+    _closures: dict[int, Ids] = field(default_factory=dict)
 
     def closure(self, classes: Iterable[int]) -> Ids:
         """Return the classes and, for blocks, everything that dies with them."""
-        found: set[int] = set()
-        todo = [int(c) for c in classes]
-        while todo:
-            c = todo.pop()
-            if c not in found:
-                found.add(c)
-                todo.extend(self.below.get(c, ()))
-        return np.fromiter(sorted(found), np.int64, len(found))
+        mine = np.unique(np.fromiter(classes, np.int64))
+        blocks = [c for c in mine.tolist() if c in self.below] if self.below else []
+        if not blocks:
+            return mine
+        return np.unique(np.concatenate([mine, *(self._under(c) for c in blocks)]))
+
+    def _under(self, block: int, depth: int = 0) -> Ids:
+        """Everything below one block, found once."""
+        if block not in self._closures:
+            below = self.below[block]
+            inner = [self._under(c, depth + 1) for c in below.tolist() if c in self.below and depth < 8]
+            self._closures[block] = np.unique(np.concatenate([below, *inner]))
+        return self._closures[block]
 
     def reason(self, c: int) -> str | None:
         """Return why a class stays, or None where it may go."""
@@ -211,15 +217,18 @@ class _Solver:
 
     def _spread(self, bound: _Bound) -> None:
         marks = self.frozen[bound.items]
-        for row in np.flatnonzero((marks >= 0).any(1)):
+        new = (marks >= 0).any(1) & (self.frozen[bound.rows] < 0)
+        for row in np.flatnonzero(new):
             self._mark(bound.rows[row : row + 1], int(marks[row].max()))
         if bound.columns is None:
             return
-        for column in np.flatnonzero((marks >= 0).any(0)):
+        new = (marks >= 0).any(0) & (self.frozen[bound.columns] < 0)
+        for column in np.flatnonzero(new):
             self._mark(bound.columns[column : column + 1], int(marks[:, column].max()))
         rows, columns = self.frozen[bound.rows] >= 0, self.frozen[bound.columns] >= 0
-        for row, column in np.argwhere(rows[:, None] & columns[None]):
-            self._mark(bound.items[row, column : column + 1], int(self.frozen[bound.rows[row]]))
+        both = np.flatnonzero(rows) if columns.any() else []
+        for row in both:
+            self._mark(bound.items[row, columns], int(self.frozen[bound.rows[row]]))
 
     def result(self) -> Units:
         below = self._below()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .comb import comb
+from .cut import cut_tensor
 from .errors import InputError
 from .groups import Groups
 from .plan import Plan
@@ -67,7 +68,8 @@ def verify(
     """
     plan.check(model)
     args, kwargs = inputs_like(plan) if example_inputs is None else split_inputs(example_inputs)
-    big, cut_net = _as_type(model, dtype), _as_type(small, dtype)
+    big = _as_type(model, dtype)
+    cut_net = _as_type(small, dtype, _exactly_rescaled(small, big, plan))
     args, kwargs = _inputs_as(args, dtype), _inputs_as(kwargs, dtype)
     try:
         got = _run(cut_net, args, kwargs)
@@ -111,12 +113,30 @@ def _made(item: Any, generator: torch.Generator) -> Any:
     return torch.ones(item["shape"], dtype=kind)
 
 
-def _as_type(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _as_type(
+    model: nn.Module, dtype: torch.dtype | None, instead: dict[str, torch.Tensor] | None = None
+) -> nn.Module:
     tensors = {}
     for name, tensor in named_tensors(model):
         wide = tensor.is_floating_point() and dtype is not None
         tensors[name] = tensor.detach().to(dtype) if wide else tensor.detach().clone()
-    return rebuild(model, tensors, {}).eval()
+    return rebuild(model, {**tensors, **(instead or {})}, {}).eval()
+
+
+def _exactly_rescaled(small: nn.Module, big: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """Return rescaled weights as they are before rounding to the network's type.
+
+    The factor that pins an attention's scale is irrational, so these weights are right to one rounding. Where
+    they are, the proof goes on with the unrounded ones, so that its limit need not allow for it.
+    """
+    held, full, exact = dict(named_tensors(small)), dict(named_tensors(big)), {}
+    for name in plan.rescale:
+        wanted, given = cut_tensor(full[name], plan, name), held[name].detach()
+        if given.shape == wanted.shape and given.is_floating_point():
+            rounding = 2 * torch.finfo(given.dtype).eps * wanted.abs()
+            if ((given.to(wanted.dtype) - wanted).abs() <= rounding).all():
+                exact[name] = wanted
+    return exact
 
 
 def _inputs_as(values: Any, dtype: torch.dtype | None) -> Any:

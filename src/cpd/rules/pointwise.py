@@ -14,6 +14,9 @@ from ..labels import Labels
 from .base import Call, align, rule
 
 
+_PROBED: dict[Any, bool] = {}  # facts about operators, the same for every network
+
+
 @rule(
     "pointwise", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "to", "_to_copy", "contiguous",
     "clone", "alias", "detach", "type_as", "copy", "lift_fresh_copy", "lift_fresh", "fill", "prelu",
@@ -54,8 +57,12 @@ def _zero_probe(call: Call, tensors: list[str]) -> Any:
     def zero(flags: dict[int, bool]) -> bool:
         if not any(flags.values()) or call.target is None:
             return call.target is None and all(flags.values())
-        key = tuple(flags.get(number, False) for number in range(len(tensors)))
-        return all(_is_zero(call, tensors, key, value) for value in (0.7310, -1.2345))
+        zeros = tuple(flags.get(number, False) for number in range(len(tensors)))
+        plain = sorted((k, repr(v)) for k, v in call.args.items() if k not in tensors)
+        key = (call.target, zeros, tuple(tensors), tuple(plain))
+        if key not in _PROBED:
+            _PROBED[key] = all(_is_zero(call, tensors, zeros, v) for v in (0.7310, -1.2345))
+        return _PROBED[key]
 
     return zero
 
