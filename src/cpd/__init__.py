@@ -6,7 +6,8 @@
     cpd.save(small, plan, "out/")
     small = cpd.load("out/", model)
 
-`comb`, `choose`, `cut` and `verify` are the steps of `prune`; `compress` is the whole way, with a teacher.
+`comb`, `choose`, `cut` and `verify` are the steps of `prune`; `compress` is the whole way, with a
+teacher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Multi-head attention whose inner width is its own: what `nn.MultiheadAttention` becomes when it is cut.
+"""Multi-head attention whose inner width is its own: what `nn.MultiheadAttention` becomes when it
+is cut.
 
-PyTorch's layer wants `embed_dim = num_heads x head_dim` on both sides of its projections. A cut layer has fewer
-heads or narrower ones inside than the embedding outside. `CutMultiheadAttention` is a subclass with the same
-parameters, arguments and results; the widths are read from the weights.
+PyTorch's layer wants `embed_dim = num_heads x head_dim` on both sides of its projections. A cut
+layer has fewer heads or narrower ones inside than the embedding outside. `CutMultiheadAttention` is
+a subclass with the same parameters, arguments and results; the widths are read from the weights.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from torch import nn
 
 
 class CutMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with an inner width of `num_heads x head_dim`, whatever the embedding's is."""
+    """`nn.MultiheadAttention` with an inner width of `num_heads x head_dim`, whatever the
+    embedding's is.
+    """
 
     @staticmethod
     def adopt(module: nn.MultiheadAttention) -> None:
         """Turn a layer whose tensors were cut into one that runs on them; others are left alone."""
         packed = module.in_proj_weight is not None
-        inner = (module.in_proj_weight if packed else module.q_proj_weight).shape[0] // (3 if packed else 1)
+        inner = (module.in_proj_weight if packed else module.q_proj_weight).shape[0] // (
+            3 if packed else 1
+        )
         outer = module.out_proj.weight.shape[0]
         if inner == module.embed_dim == outer and module.num_heads * module.head_dim == inner:
             return
@@ -30,10 +35,12 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         module.kdim = (module.in_proj_weight if packed else module.k_proj_weight).shape[1]
         module.vdim = (module.in_proj_weight if packed else module.v_proj_weight).shape[1]
         module.head_dim = inner // module.num_heads
-        module._qkv_same_embed_dim = False  # keeps callers off the fused path, which knows one width only
+        module._qkv_same_embed_dim = (
+            False  # keeps callers off the fused path, which knows one width only
+        )
         module.__class__ = CutMultiheadAttention
 
-    def forward(  # noqa: PLR0913 - the signature of nn.MultiheadAttention
+    def forward(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -44,7 +51,9 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: (batch, length, embed) with batch_first, else (length, batch, embed)."""
+        """As `nn.MultiheadAttention.forward`: (batch, length, embed) with batch_first, else
+        (length, batch, embed).
+        """
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -67,7 +76,9 @@ class CutMultiheadAttention(nn.MultiheadAttention):
             return out[0], None if weights is None else weights[0]
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
-    def _heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    def _heads(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> list[torch.Tensor]:
         if self.in_proj_weight is not None:
             weights: Any = self.in_proj_weight.chunk(3)
         else:

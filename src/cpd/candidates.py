@@ -32,10 +32,12 @@ class Source:
 
 @dataclass(eq=False)
 class Candidates:
-    """All candidates as arrays of one length; those of one family in the order in which they may go.
+    """All candidates as arrays of one length; those of one family in the order in which they may
+    go.
 
-    `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what `ranking` compares,
-    `units[i]` how many units go at once. `classes`: (candidate, class) pairs, blocks with all that is in them.
+    `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what
+    `ranking` compares, `units[i]` how many units go at once. `classes`: (candidate, class) pairs,
+    blocks with all that is in them.
     """
 
     groups: Groups
@@ -51,7 +53,9 @@ class Candidates:
         return len(self.family)
 
     def gone_at(self, order: Ids, alive: Mask) -> Ids:
-        """Return for each class the place in `order` at which it goes; len(order) + 1 where it stays."""
+        """Return for each class the place in `order` at which it goes; len(order) + 1 where it
+        stays.
+        """
         place = np.full(len(self), len(order) + 1, np.int64)
         place[order] = np.arange(len(order))
         gone = np.where(alive, len(order) + 1, -1)
@@ -138,11 +142,15 @@ def _check_limits(groups: Groups, limits: Mapping[str, float]) -> None:
             names = ", ".join(group.name for group in groups)
             raise InputError(f"limit {pattern!r} matches no coupling group; there are: {names}")
         if not 0 <= share <= 1:
-            raise InputError(f"limit {pattern}={share!r}; give the largest share that may go, 0 to 1")
+            raise InputError(
+                f"limit {pattern}={share!r}; give the largest share that may go, 0 to 1"
+            )
 
 
 def _ordered(weights: _Weights, family: Family, tie: Floats, alive: Mask) -> tuple[Ids, int]:
-    """Return the units that could go, least important first, shape (units, clusters); and how many are left."""
+    """Return the units that could go, least important first, shape (units, clusters); and how many
+    are left.
+    """
     columns = []
     gone = 0
     for cluster in family.clusters:
@@ -214,7 +222,8 @@ def _with_blocks(groups: Groups, rows: Ids, classes: Ids) -> tuple[Ids, Ids]:
 def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
     """Turn scores into keys: the share of the pool that has gone by then, or the score itself."""
     starts = np.flatnonzero(np.diff(found.family, prepend=-1))
-    for a, b in zip(starts, [*starts[1:], len(found)], strict=True):
+    ends = [*starts[1:], len(found)] if len(starts) else []
+    for a, b in zip(starts, ends, strict=True):
         found.key[a:b] = np.maximum.accumulate(found.key[a:b])
     if ranking == "global":
         return

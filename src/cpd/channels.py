@@ -1,14 +1,15 @@
 """Channel ids: which indices of which tensors live and die together.
 
-Every index of every axis that may shrink carries an integer *id*. Three relations are recorded while the
-graph of a network is read, and solved once at the end (`cpd.units`):
+Every index of every axis that may shrink carries an integer *id*. Three relations are recorded
+while the graph of a network is read, and solved once at the end (`cpd.units`):
 
 - **union**: two ids are the same channel;
-- **freeze**: a channel that must stay, with the reason; **keep one**: of a run, one channel must stay;
+- **freeze**: a channel that must stay, with the reason; **keep one**: of a run, one channel must
+  stay;
 - **fold**: ids laid out as rows and columns because one axis is used as two (heads x head dim,
-  groups x channels). Every row that is alive must keep the same number of ids (*balance*). A row has a
-  *block* id, which is dead exactly when the whole row is. A *tied* fold keeps the same columns in every
-  row; then columns have block ids as well.
+  groups x channels). Every row that is alive must keep the same number of ids (*balance*). A row
+  has a *block* id, which is dead exactly when the whole row is. A *tied* fold keeps the same
+  columns in every row; then columns have block ids as well.
 
 NumPy only: nothing here knows about tensors, operators or networks.
 """

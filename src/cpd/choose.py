@@ -1,8 +1,8 @@
 """Choose: which units go, until the target is met.
 
-Every strategy has one signature: it gets the candidate units and returns the order in which they go. The
-shortest run of that order that meets the target is the plan. Units of one family go in the order of their
-scores, from the least important; a family never falls under its minimum.
+Every strategy has one signature: it gets the candidate units and returns the order in which they
+go. The shortest run of that order that meets the target is the plan. Units of one family go in the
+order of their scores, from the least important; a family never falls under its minimum.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def parse_target(target: str | Mapping[str, float], costs: Sequence[str]) -> dic
         try:
             share = float(value)
         except (TypeError, ValueError):
-            raise InputError(f'target {name}={value!r} is not a number; write "{name}=0.5"') from None
+            raise InputError(
+                f'target {name}={value!r} is not a number; write "{name}=0.5"'
+            ) from None
         if not 0 < share <= 1:
             raise InputError(
                 f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
@@ -78,10 +80,11 @@ def choose(
         groups: from `comb`.
         scores: group name -> importance of its channels, shape (group.size,); small goes first.
         target: share of a cost that is to be left, "macs=0.5"; several must all hold.
-        strategy: "oneshot" (least important first), "greedy" (the paper's: each event cuts the one group whose
-            least important channels sum up to least), or a function of `Candidates`.
-        ranking: "isomorphic" ranks units among structurally identical groups and takes the same share of
-            each kind; "global" compares raw scores; "uniform" takes the same share of every family.
+        strategy: "oneshot" (least important first), "greedy" (the paper's: each event cuts the one
+            group whose least important channels sum up to least), or a function of `Candidates`.
+        ranking: "isomorphic" ranks units among structurally identical groups and takes the same
+            share of each kind; "global" compares raw scores; "uniform" takes the same share of
+            every family.
         multiple_of: kept channels come in multiples of this, where a family is at least that wide.
         min_keep: share of each family that always stays (at least one unit).
         limits: group name or pattern -> largest share of its units that may go.
@@ -137,7 +140,9 @@ def _shortest(
     before: Mask,
     shares: Mapping[str, float],
 ) -> tuple[Mask, bool]:
-    """Return what is alive after the shortest run of `order` that meets all shares, and whether one does."""
+    """Return what is alive after the shortest run of `order` that meets all shares, and whether one
+    does.
+    """
     last = len(order)
     gone_at = found.gone_at(order, before)
     everything = groups.everything()
@@ -184,7 +189,9 @@ def _unreachable(
     closest = {n: groups.cost(n, alive) / max(groups.cost(n, everything), 1) for n in shares}
     blockers = []
     if found.limited:
-        blockers.append(f"{found.limited} families are at their minimum (min_keep, limits, multiple_of)")
+        blockers.append(
+            f"{found.limited} families are at their minimum (min_keep, limits, multiple_of)"
+        )
     by_reason: dict[str, int] = {}
     for item in groups.frozen:
         if not item.reason.startswith("kernel axis"):

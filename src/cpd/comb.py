@@ -1,7 +1,8 @@
 """Comb: from a traced network to its coupling groups.
 
-Every call of the graph passes its rule (`graph`), the relations are solved (`units`), classes of channels with
-one signature become groups, and what the network's own Python code cannot follow is found by trial and kept.
+Every call of the graph passes its rule (`graph`), the relations are solved (`units`), classes of
+channels with one signature become groups, and what the network's own Python code cannot follow is
+found by trial and kept.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def comb(
         model: any network that `torch.export` can trace; it is not changed.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
         ignore: modules, names or name patterns (`"layer4.*"`) whose output width stays.
-        exact: also keep every axis that a statistic is taken across (LayerNorm, softmax or mean over channels),
-            so that cutting equals zeroing.
-        unknown: "freeze" keeps what an operator without a rule touches and says so; "error" refuses it.
+        exact: also keep every axis that a statistic is taken across (LayerNorm, softmax or mean
+            over channels), so that cutting equals zeroing.
+        unknown: "freeze" keeps what an operator without a rule touches and says so; "error" refuses
+            it.
 
     Raises:
         InputError: the model does not run on the inputs, or `ignore` names nothing.
@@ -53,7 +55,9 @@ def comb(
     reader = Reader(graph, exact=exact, unknown=unknown)
     reader.read()
     _note_unused(model, reader)
-    _freeze_ignored(model, reader, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore))
+    _freeze_ignored(
+        model, reader, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
+    )
     pins = pin_queries(reader)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins)
@@ -77,7 +81,9 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
     for item in ignore:
         pattern = _name(model, item)
         found = [
-            n for n in names if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)
+            n
+            for n in names
+            if n == pattern or n.startswith(f"{pattern}.") or fnmatchcase(n, pattern)
         ]
         if not found:
             modules = [name for name, _ in model.named_modules() if name]
@@ -108,11 +114,12 @@ def _consumed(reader: Reader) -> set[tuple[str, int]]:
     return found
 
 
-def _build(
-    model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list
-) -> Groups:
+def _build(model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list) -> Groups:
     uses = [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
-    costs = {"macs": Terms(reader.macs, per=max(graph.batch, 1)), "params": _param_terms(model, reader)}
+    costs = {
+        "macs": Terms(reader.macs, per=max(graph.batch, 1)),
+        "params": _param_terms(model, reader),
+    }
     return Groups(
         trace=graph,
         units=units,
@@ -167,9 +174,7 @@ def finish(groups: Groups) -> Groups:
     return groups
 
 
-def _named(
-    groups: Groups, made: list[tuple[Ids, tuple[Family, ...]]]
-) -> tuple[CouplingGroup, ...]:
+def _named(groups: Groups, made: list[tuple[Ids, tuple[Family, ...]]]) -> tuple[CouplingGroup, ...]:
     """Name each group after the first tensor that makes its channels, and order them so."""
     tensors = list(groups.labels)
     first = _first_tensors(groups)
@@ -204,7 +209,9 @@ def _singles(units: Units, signature: np.ndarray) -> list[Family]:
 
 
 def _signatures(groups: Groups) -> np.ndarray:
-    """Return for each class a hash of the layers that it runs through; 0 where it runs through none."""
+    """Return for each class a hash of the layers that it runs through; 0 where it runs through
+    none.
+    """
     generator = np.random.default_rng(0)
     total = np.zeros(groups.units.count, np.uint64)
     for labels in groups.labels.values():
@@ -223,7 +230,9 @@ def _layers(groups: Groups) -> Iterable[tuple[int, str, Layer, Ids]]:
 
 
 def _first_tensors(groups: Groups) -> Ids:
-    """Return for each class the number of the first tensor that makes it; readers count after makers."""
+    """Return for each class the number of the first tensor that makes it; readers count after
+    makers.
+    """
     count = len(groups.labels)
     first = np.full(groups.units.count, 2 * count, np.int64)
     for number, tensor, layer, classes in _layers(groups):
@@ -235,7 +244,9 @@ def _first_tensors(groups: Groups) -> Ids:
 def _layer_kinds(
     groups: Groups, made: list[tuple[Ids, tuple[Family, ...]]]
 ) -> list[tuple[object, ...]]:
-    """Return what structurally identical groups share: kinds of layers and axes, not sizes or names."""
+    """Return what structurally identical groups share: kinds of layers and axes, not sizes or
+    names.
+    """
     owner = np.full(groups.units.count, -1, np.int64)
     for number, (classes, _) in enumerate(made):
         owner[classes] = number

@@ -17,7 +17,8 @@ def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
     """Return a copy of `model`, of the same class, without what the plan removes.
 
     Parameters keep their names, types and `requires_grad`; gradients are not carried over. With
-    `verify=True` the result is proved against the masked original on inputs like those it was traced with.
+    `verify=True` the result is proved against the masked original on inputs like those it was
+    traced with.
 
     Raises:
         PlanMismatch: the plan was made for another model.
@@ -42,7 +43,10 @@ def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
 
 
 def _first_named(model: nn.Module, plan: Plan) -> list[tuple[str, torch.Tensor]]:
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     return [(first, state[first]) for first in dict.fromkeys(plan.aliases.values())]
 
 

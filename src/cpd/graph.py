@@ -1,7 +1,8 @@
 """Reading the graph: every node's call goes through its rule; what the rules demand is collected.
 
-Values: `Step` (one node, its outputs' labels and literal sizes), `Terms` (a cost as sums of products of axis
-sizes), `Pinned` (rows of weights to rescale where an attention's default scale depends on the head size).
+Values: `Step` (one node, its outputs' labels and literal sizes), `Terms` (a cost as sums of
+products of axis sizes), `Pinned` (rows of weights to rescale where an attention's default scale
+depends on the head size).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from .trace import Trace, location, source_line
 
 @dataclass
 class Step:
-    """One node of the graph: the labels of its outputs, its literal sizes, whether it is a statistic."""
+    """One node of the graph: the labels of its outputs, its literal sizes, whether it is a
+    statistic.
+    """
 
     node: fx.Node
     out: Any
@@ -34,7 +37,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Pinned:
-    """`rows[tensor]`: rows to multiply by sqrt(size now / size before) of `axis` of the query's labels."""
+    """`rows[tensor]`: rows to multiply by sqrt(size now / size before) of `axis` of the query's
+    labels.
+    """
 
     rows: dict[str, Ids]
     labels: Labels
@@ -197,7 +202,9 @@ class Reader:
         """A write into a view changes what other views show: nothing behind it may be cut."""
         schema = getattr(node.target, "_schema", None)
         for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
-            if not (argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node)):
+            if not (
+                argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node)
+            ):
                 continue
             base = _base(value)
             touched = {base, value, *_views(base)}

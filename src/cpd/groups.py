@@ -32,9 +32,10 @@ class Frozen:
 class Member:
     """Where a group's channels live in one tensor.
 
-    `channel`: for each index of the layer (shape of the tensor with 1 on axes along which channels do not
-    vary) the channel of the group, or -1. `role`: "out" where the tensor makes or scales the channels, "in"
-    where it reads them. `activation`: elements per sample and channel of what the tensor's op puts out.
+    `channel`: for each index of the layer (shape of the tensor with 1 on axes along which channels
+    do not vary) the channel of the group, or -1. `role`: "out" where the tensor makes or scales the
+    channels, "in" where it reads them. `activation`: elements per sample and channel of what the
+    tensor's op puts out.
     """
 
     tensor: str

@@ -1,9 +1,9 @@
 """Labels: the channel ids that one tensor carries along its axes.
 
-A `Layer` is an array of ids over one or more axes of a tensor, named from the outside in. The last of them
-*owns* the layer: `Layer(axes=(1, 3), ids=[heads, dims])` says which head dims are alive in which head, and
-its outer axis is alive through the block ids of its rows. An axis in no layer has a size that nothing
-changes. `Labels` are all layers of a tensor: at most one is owned by each axis.
+A `Layer` is an array of ids over one or more axes of a tensor, named from the outside in. The last
+of them *owns* the layer: `Layer(axes=(1, 3), ids=[heads, dims])` says which head dims are alive in
+which head, and its outer axis is alive through the block ids of its rows. An axis in no layer has a
+size that nothing changes. `Labels` are all layers of a tensor: at most one is owned by each axis.
 
 NumPy only.
 """
@@ -37,7 +37,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Labels:
-    """The layers of a tensor of `shape`. `uniform`: the same value everywhere, so it fits any width."""
+    """The layers of a tensor of `shape`. `uniform`: the same value everywhere, so it fits any
+    width.
+    """
 
     shape: tuple[int, ...]
     layers: tuple[Layer, ...] = ()
@@ -48,7 +50,9 @@ class Labels:
         return next((layer for layer in self.layers if layer.owner == axis), None)
 
     def at(self, axis: int, channels: Channels) -> Layer | None:
-        """Return the ids along `axis`: its own layer, or the blocks of a layer that it is an outer axis of."""
+        """Return the ids along `axis`: its own layer, or the blocks of a layer that it is an outer
+        axis of.
+        """
         found = self.owned(axis)
         if found is not None:
             return found
@@ -112,8 +116,8 @@ def new_shape(labels: Labels, alive: Mask) -> tuple[int, ...]:
 def permute(labels: Labels, order: Sequence[int], channels: Channels) -> Labels:
     """Return the labels after `tensor.permute(order)`.
 
-    Rows may keep different columns only while the row axis stays outside. Where the permutation puts a
-    column axis outside its rows, the rows are tied to the same columns.
+    Rows may keep different columns only while the row axis stays outside. Where the permutation
+    puts a column axis outside its rows, the rows are tied to the same columns.
     """
     where = {old: new for new, old in enumerate(order)}
     layers = [place(x, tuple(where[axis] for axis in x.axes), channels) for x in labels.layers]

@@ -11,10 +11,12 @@ from .plan import Plan
 
 
 class Masker:
-    """Holds a model masked: call `apply` after every optimizer step, `update` for a further plan, `remove` to undo.
+    """Holds a model masked: call `apply` after every optimizer step, `update` for a further plan,
+    `remove` to undo.
 
-    Only values change: parameters stay the same objects. `remove` gives back the values that were there when
-    each entry was first masked; entries that were never masked keep what training made of them.
+    Only values change: parameters stay the same objects. `remove` gives back the values that were
+    there when each entry was first masked; entries that were never masked keep what training made
+    of them.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -32,7 +34,9 @@ class Masker:
     def update(self, plan: Plan) -> None:
         """Mask by another plan for the same model; what it keeps of what was masked comes back."""
         plan.check(self.model)
-        masks = {n: m.to(self._state[n].device) for n, m in plan.masks().items() if n == plan.aliases[n]}
+        masks = {
+            n: m.to(self._state[n].device) for n, m in plan.masks().items() if n == plan.aliases[n]
+        }
         with torch.no_grad():
             for name in {**self._masks, **masks}:
                 tensor = self._state[name]
@@ -64,7 +68,10 @@ class Masker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.remove()
 

@@ -1,8 +1,9 @@
 """Pins: what keeps an attention's scale where its head size is cut.
 
-`scaled_dot_product_attention` divides by the square root of the head size that it finds. After D head dims
-became D', the rows of the weights that make the query are multiplied by sqrt(D' / D), which restores the old
-scale exactly. Where the query is not a linear function of weights that serve it alone, its head size is kept.
+`scaled_dot_product_attention` divides by the square root of the head size that it finds. After D
+head dims became D', the rows of the weights that make the query are multiplied by sqrt(D' / D),
+which restores the old scale exactly. Where the query is not a linear function of weights that serve
+it alone, its head size is kept.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ from torch import fx
 from .channels import Ids
 from .graph import Pinned, Reader
 from .labels import Labels
-from .rules import Pin
 
 _LINEAR = {
     "view", "reshape", "_unsafe_view", "permute", "transpose", "select", "unbind", "getitem", "slice", "split",
     "split_with_sizes", "chunk", "contiguous", "clone", "to", "_to_copy", "dropout", "mul", "div", "neg",
     "unflatten", "flatten", "squeeze", "unsqueeze", "add", "sub", "cat", "stack", "expand", "type_as", "alias",
 }  # fmt: skip
-_MAKERS = {"linear": (1, 2), "conv1d": (1, 2), "conv2d": (1, 2), "layer_norm": (2, 3), "rms_norm": (2, 3)}
+_MAKERS = {
+    "linear": (1, 2),
+    "conv1d": (1, 2),
+    "conv2d": (1, 2),
+    "layer_norm": (2, 3),
+    "rms_norm": (2, 3),
+}
 
 
 def pin_queries(reader: Reader) -> list[Pinned]:
-    """Find for each attention with a default scale the weight rows that make its query; freeze it otherwise."""
+    """Find for each attention with a default scale the weight rows that make its query; freeze it
+    otherwise.
+    """
     found = []
     for node, pin in reader.pins:
         layer = pin.labels.owned(pin.axis)
@@ -67,7 +75,9 @@ def _rows(reader: Reader, node: fx.Node, ids: Ids) -> dict[str, Ids] | None:
 def _walk(
     reader: Reader, node: fx.Node, wanted: np.ndarray, visited: set[fx.Node], makers: list[fx.Node]
 ) -> bool:
-    """Go back from the query through linear operators to the weights; False where something else is met."""
+    """Go back from the query through linear operators to the weights; False where something else is
+    met.
+    """
     if node in visited:
         return True
     visited.add(node)
@@ -97,7 +107,9 @@ def _carries(reader: Reader, node: fx.Node, wanted: np.ndarray) -> bool:
 def _serves_alone(
     reader: Reader, node: fx.Node, attention: fx.Node, visited: set[fx.Node], wanted: np.ndarray
 ) -> bool:
-    """Say whether what a node makes reaches nothing but the query (other parts may be picked from it)."""
+    """Say whether what a node makes reaches nothing but the query (other parts may be picked from
+    it).
+    """
     for user in node.users:
         picks = _op(user) in ("getitem", "select", "slice") and not _carries(reader, user, wanted)
         if user not in visited and user is not attention and not picks:
@@ -111,7 +123,12 @@ def _made_rows(reader: Reader, maker: fx.Node, wanted: np.ndarray) -> dict[str, 
     nodes = [maker.args[k] if len(maker.args) > k else None for k in (weight, bias)]
     given = [x for x in nodes if isinstance(x, fx.Node)]
     names = [reader.trace.tensors.get(x.name) for x in given]
-    if not given or given[0] is not nodes[0] or None in names or any(len(x.users) > 1 for x in given):
+    if (
+        not given
+        or given[0] is not nodes[0]
+        or None in names
+        or any(len(x.users) > 1 for x in given)
+    ):
         return None
     layer = reader.labels[str(names[0])].owned(0)
     if layer is None:
@@ -123,4 +140,6 @@ def _made_rows(reader: Reader, maker: fx.Node, wanted: np.ndarray) -> dict[str, 
 
 def _op(node: fx.Node) -> str:
     schema: Any = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", "")
+    return (
+        schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", "")
+    )

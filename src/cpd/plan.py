@@ -53,8 +53,8 @@ class Plan:
     """What a network keeps.
 
     `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
-    `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was made for.
-    `costs`: name -> (before, after), exact.
+    `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was
+    made for. `costs`: name -> (before, after), exact.
     """
 
     model: str
@@ -70,7 +70,9 @@ class Plan:
     groups: Groups | None = field(default=None, compare=False, repr=False)
 
     def masks(self) -> dict[str, torch.Tensor]:
-        """Return name -> bool tensor of the original's shape, True = kept, for every tensor that changes."""
+        """Return name -> bool tensor of the original's shape, True = kept, for every tensor that
+        changes.
+        """
         result = {}
         for name, first in self.aliases.items():
             if first in self.kept:
@@ -97,19 +99,27 @@ class Plan:
             return
         differ = [key for key in {**self.shapes, **found} if found.get(key) != self.shapes.get(key)]
         first = differ[0] if differ else ""
-        detail = f"{first} is {found.get(first)} here and {self.shapes.get(first)} in the plan" if differ else ""
+        detail = (
+            f"{first} is {found.get(first)} here and {self.shapes.get(first)} in the plan"
+            if differ
+            else ""
+        )
         raise PlanMismatch(
             f"this plan was made for a {self.model}, not for this {name}: {len(differ)} tensors differ"
             f"{'; ' + detail if detail else ''}. Build the model as it was before pruning."
         )
 
     def then(self, later: Plan) -> Plan:
-        """Return the plan that cuts at once what this one and then `later` (made for its result) cut."""
+        """Return the plan that cuts at once what this one and then `later` (made for its result)
+        cut.
+        """
         if later.shapes != {name: self.new_shape(name) for name in self.shapes}:
             raise PlanMismatch("the later plan was not made for what this plan leaves")
         kept = {}
         for name in {**self.kept, **later.kept}:
-            kept[name] = _composed(self.kept.get(name, ()), later.kept.get(name, ()), self.shapes[name])
+            kept[name] = _composed(
+                self.kept.get(name, ()), later.kept.get(name, ()), self.shapes[name]
+            )
         attributes = {path: dict(values) for path, values in self.attributes.items()}
         for path, values in later.attributes.items():
             attributes.setdefault(path, {}).update(values)
@@ -208,7 +218,9 @@ def _anded(parts: Sequence[Kept]) -> Kept:
     return Kept(axes, mask)
 
 
-def _composed(first: Sequence[Kept], later: Sequence[Kept], shape: Sequence[int]) -> tuple[Kept, ...]:
+def _composed(
+    first: Sequence[Kept], later: Sequence[Kept], shape: Sequence[int]
+) -> tuple[Kept, ...]:
     """Each part of the later plan speaks of what the first one left."""
     spans: list[set[int]] = []
     for part in [*first, *later]:

@@ -26,16 +26,18 @@ def prune(
     verify: bool = True,
     **options: Any,
 ) -> tuple[nn.Module, Plan]:
-    """Return a smaller copy of a network and the plan that made it; the network itself is not changed.
+    """Return a smaller copy of a network and the plan that made it; the network itself is not
+    changed.
 
     Args:
         model: any network that `torch.export` can trace.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        importance: a name of the shelf, {name: options}, or a callable (model, groups) -> scores. One that needs
-            gradients takes those that the model holds.
+        importance: a name of the shelf, {name: options}, or a callable (model, groups) -> scores.
+            One that needs gradients takes those that the model holds.
         target: share of a cost to be left: "macs=0.5".
         verify: prove the result against the masked network.
-        **options: of `comb` (ignore, exact, unknown) and `choose` (strategy, ranking, multiple_of, ...).
+        **options: of `comb` (ignore, exact, unknown) and `choose` (strategy, ranking, multiple_of,
+            ...).
 
     Raises what `comb`, `choose` and `cut` raise.
     """
@@ -54,7 +56,9 @@ def prune(
 
 
 def _keywords(function: Any) -> list[str]:
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
 
 
 def _known(function: Any, options: Mapping[str, Any], without: set[str]) -> dict[str, Any]:

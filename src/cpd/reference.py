@@ -1,8 +1,10 @@
-"""The reference that a cut network is proved against: the full-size graph, run node by node, masked.
+"""The reference that a cut network is proved against: the full-size graph, run node by node,
+masked.
 
-Every tensor keeps its full size with the removed entries zero, so it shares nothing with the cut network's
-shapes. Only where a value is a statistic across channels (a LayerNorm, a mean over channels) is it taken over
-the kept channels: the node's inputs are compressed, the op runs, and its output is spread out again.
+Every tensor keeps its full size with the removed entries zero, so it shares nothing with the cut
+network's shapes. Only where a value is a statistic across channels (a LayerNorm, a mean over
+channels) is it taken over the kept channels: the node's inputs are compressed, the op runs, and its
+output is spread out again.
 """
 
 from __future__ import annotations
@@ -51,7 +53,11 @@ class Reference(fx.Interpreter):
 
     def _as_here(self, constant: torch.Tensor) -> torch.Tensor:
         like = next((t for t in self.tensors.values() if t.is_floating_point()), None)
-        return constant.to(like.dtype) if like is not None and constant.is_floating_point() else constant
+        return (
+            constant.to(like.dtype)
+            if like is not None and constant.is_floating_point()
+            else constant
+        )
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a statistic runs on what is alive."""
@@ -75,7 +81,11 @@ class Reference(fx.Interpreter):
 
     def _compressed(self, node: Any, value: Any) -> Any:
         labels = self.labels.get(node) if isinstance(node, fx.Node) else None
-        if not isinstance(labels, Labels) or not labels.layers or not isinstance(value, torch.Tensor):
+        if (
+            not isinstance(labels, Labels)
+            or not labels.layers
+            or not isinstance(value, torch.Tensor)
+        ):
             return value
         mask = self._mask(labels, value.shape)
         return value[mask].reshape(new_shape(labels, self.of_ids))

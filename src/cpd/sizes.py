@@ -1,9 +1,10 @@
 """Sizes: which Python attribute holds which literal size of a traced call.
 
-A view in a forward carries numbers (`num_heads`, `head_dim`, ...) that must follow when channels go. The trace
-tells which literal carries channels and which module's code made the call; the attribute of that value is
-found on that module, or on the nearest module around it that has one. A literal with no attribute is taken to
-be computed from the tensors' own shapes; the trial in `comb` and the proof in `verify` tell when it is not.
+A view in a forward carries numbers (`num_heads`, `head_dim`, ...) that must follow when channels
+go. The trace tells which literal carries channels and which module's code made the call; the
+attribute of that value is found on that module, or on the nearest module around it that has one. A
+literal with no attribute is taken to be computed from the tensors' own shapes; the trial in `comb`
+and the proof in `verify` tell when it is not.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Site:
     def value(self, alive: Mask) -> int | None:
         """Return the new value, or None where the sizes disagree.
 
-        A literal that happens to equal another one and does not change (the 3 of q, k, v beside 3 heads) has
-        no say.
+        A literal that happens to equal another one and does not change (the 3 of q, k, v beside 3
+        heads) has no say.
         """
         found = {axis_size(size.labels, size.axis, alive) for size in self.sizes}
         found -= {self.sizes[0].old} if len(found) > 1 else set()
@@ -79,7 +80,9 @@ def _is(held: Any, value: int) -> bool:
     return isinstance(held, int) and not isinstance(held, bool) and held == value
 
 
-def attribute_values(model: nn.Module, sites: Iterable[Site], alive: Mask) -> dict[str, dict[str, Any]]:
+def attribute_values(
+    model: nn.Module, sites: Iterable[Site], alive: Mask
+) -> dict[str, dict[str, Any]]:
     """Return module path -> attribute -> new value for all attributes that change."""
     changes: dict[str, dict[str, Any]] = {}
     for site in sites:

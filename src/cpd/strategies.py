@@ -19,10 +19,11 @@ def oneshot(found: Candidates) -> Sequence[int]:
 
 
 def greedy(found: Candidates) -> Sequence[int]:
-    """The paper's loop: each event cuts the family whose k least important channels sum up to least by k.
+    """The paper's loop: each event cuts the family whose k least important channels sum up to least
+    by k.
 
-    k = min(2^floor(log2(floor(kept / 16))), 4), at least 1, for channels; 1 for heads, groups and their dims.
-    Source: the released code of "Comb, Prune, Distill" (arXiv 2408.03046).
+    k = min(2^floor(log2(floor(kept / 16))), 4), at least 1, for channels; 1 for heads, groups and
+    their dims. Source: the released code of "Comb, Prune, Distill" (arXiv 2408.03046).
     """
     queues: dict[int, list[int]] = {}
     for number, family in enumerate(found.family.tolist()):

@@ -1,7 +1,8 @@
 """Surgery: a copy of a module in which named tensors and attributes are other ones.
 
-The copy has the class of the original. Parameters keep their `requires_grad`, tied tensors stay tied, and the
-layers of `torch.nn` get the attributes that belong to their new shapes. Nothing here decides what to remove.
+The copy has the class of the original. Parameters keep their `requires_grad`, tied tensors stay
+tied, and the layers of `torch.nn` get the attributes that belong to their new shapes. Nothing here
+decides what to remove.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ def share(model: nn.Module) -> nn.Module:
     return _copy(model, {id(t): t for t in _tensors(model)})
 
 
-def rebuild(model: nn.Module, tensors: Mapping[str, torch.Tensor], attributes: Attributes) -> nn.Module:
-    """Return a deep copy of `model` with `tensors` in place of those of the same name (any alias will do).
+def rebuild(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], attributes: Attributes
+) -> nn.Module:
+    """Return a deep copy of `model` with `tensors` in place of those of the same name (any alias
+    will do).
 
     `attributes` maps module path -> attribute -> new value.
     """
@@ -52,7 +56,8 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    # deepcopy keeps its own references alive in memo[id(memo)]; the tensors live in `model` meanwhile
+    # deepcopy keeps its own references alive in memo[id(memo)]; the tensors live in `model`
+    # meanwhile
     return copy.deepcopy(model, dict(memo))
 
 

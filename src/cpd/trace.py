@@ -1,8 +1,8 @@
 """Trace: the graph of one forward pass, with the names of its parameters and buffers.
 
-`torch.export` (non-strict) records ATen operators in evaluation mode, before decomposition: `conv2d`, `linear`
-and attention stay single ops. The model is traced through a copy that shares its tensors, so nothing on the
-model changes: no flag, hook, buffer or random state.
+`torch.export` (non-strict) records ATen operators in evaluation mode, before decomposition:
+`conv2d`, `linear` and attention stay single ops. The model is traced through a copy that shares its
+tensors, so nothing on the model changes: no flag, hook, buffer or random state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Trace:
-    """`tensors[placeholder]` is a parameter's or buffer's name; `aliases[name]` its first name where tied."""
+    """`tensors[placeholder]` is a parameter's or buffer's name; `aliases[name]` its first name
+    where tied.
+    """
 
     graph: fx.Graph
     tensors: dict[str, str]
@@ -44,7 +46,9 @@ class Trace:
 
 
 def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs as (args, kwargs): a tensor, a tuple of arguments, or a dict of keywords."""
+    """Return example inputs as (args, kwargs): a tensor, a tuple of arguments, or a dict of
+    keywords.
+    """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -59,7 +63,9 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
 
 @contextmanager
 def quiet_state() -> Iterator[None]:
-    """Keep the random state, and make attention layers show their operators instead of a fused fast path."""
+    """Keep the random state, and make attention layers show their operators instead of a fused fast
+    path.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -73,8 +79,8 @@ def quiet_state() -> Iterator[None]:
 def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
     """Trace a model in evaluation mode on example inputs.
 
-    Raises `InputError` where the model does not run on the inputs, `TraceError` where it runs but cannot be
-    exported.
+    Raises `InputError` where the model does not run on the inputs, `TraceError` where it runs but
+    cannot be exported.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -83,14 +89,16 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
     with quiet_state():
         try:
             exported = torch.export.export(copy, args, kwargs, strict=False)
-        except Exception as error:  # noqa: BLE001 - whatever the exporter or the model raises, say which
+        except Exception as error:
             raise _explained(copy, args, kwargs, error) from error
     return _trace_of(model, exported, args, kwargs)
 
 
 def _explained(copy: nn.Module, args: tuple, kwargs: dict, error: Exception) -> Exception:
     shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in args]
-    shapes += [f"{k}={tuple(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in kwargs.items()]
+    shapes += [
+        f"{k}={tuple(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in kwargs.items()
+    ]
     name = type(copy).__name__
     try:
         with torch.no_grad():
@@ -139,7 +147,9 @@ def location(node: fx.Node) -> tuple[str, str]:
         return "", ""
     path, kind = list(stack.values())[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
-    return path.split("@")[0].removeprefix("L['self'].").removeprefix("L['self']"), kind.rsplit(".", 1)[-1]
+    return path.split("@")[0].removeprefix("L['self'].").removeprefix("L['self']"), kind.rsplit(
+        ".", 1
+    )[-1]
 
 
 def source_line(node: fx.Node) -> str:

@@ -1,9 +1,10 @@
 """Trial: which units the network's own Python code can follow.
 
-A unit may be free in the graph and still not be removable, because the forward of some module carries a size
-that no attribute holds. So the units whose sizes appear as literals are cut once on the meta device, where
-nothing is computed: if the copy runs and puts out the same shapes, its code follows; if not, they are kept,
-with the error as the reason. Kinds of units that occur many times are tried once for all.
+A unit may be free in the graph and still not be removable, because the forward of some module
+carries a size that no attribute holds. So the units whose sizes appear as literals are cut once on
+the meta device, where nothing is computed: if the copy runs and puts out the same shapes, its code
+follows; if not, they are kept, with the error as the reason. Kinds of units that occur many times
+are tried once for all.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ def freeze_unfollowed(groups: Groups) -> None:
 
 
 def _suspects(groups: Groups) -> dict[object, list[Family]]:
-    """Families that change a literal size, by the classes of the modules whose literals they change."""
+    """Families that change a literal size, by the classes of the modules whose literals they
+    change.
+    """
     touched: dict[tuple[str, str], Mask] = {}
     for step in groups.steps:
-        kind = type(groups.model.get_submodule(location(step.node)[0])).__name__ if step.sizes else ""
+        kind = (
+            type(groups.model.get_submodule(location(step.node)[0])).__name__ if step.sizes else ""
+        )
         for size in step.sizes:
             mask = touched.setdefault((kind, size.arg), np.zeros(groups.units.count, bool))
             for layer in size.labels.layers:
@@ -86,7 +91,11 @@ def _output_shapes(groups: Groups) -> list[tuple[int, ...]]:
 
 
 def _run(
-    model: nn.Module, groups: Groups, alive: Mask, device: str, expected: list[tuple[int, ...]] | None
+    model: nn.Module,
+    groups: Groups,
+    alive: Mask,
+    device: str,
+    expected: list[tuple[int, ...]] | None,
 ) -> str | None:
     of_ids = alive[groups.units.label]
     tensors = {}
@@ -104,7 +113,9 @@ def _run(
             out = small(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - any failure of the model's code is the answer sought
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+    shapes = [
+        tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)
+    ]
     if expected is not None and sorted(shapes) != sorted(expected):
         return f"puts out {shapes} instead of {expected}"
     return None
@@ -126,4 +137,3 @@ def _freeze(groups: Groups, families: list[Family], why: str) -> None:
         units.families = [f for f in units.families if f is not family]
         flat = np.concatenate([np.asarray(c) for c in family.clusters])
         units.frozen[flat[units.frozen[flat] < 0]] = len(units.reasons) - 1
-

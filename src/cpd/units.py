@@ -1,9 +1,9 @@
 """Units: the smallest sets of channels that can be removed together.
 
-Solves the relations recorded in `Channels`. Ids become *classes* (one class = one channel, however many
-tensors it runs through). Classes that rows and columns bind form *families*: a family is a list of clusters of
-equal width, and removing its k-th unit removes one class from every cluster: one channel; one head; one conv
-group; one channel from each head.
+Solves the relations recorded in `Channels`. Ids become *classes* (one class = one channel, however
+many tensors it runs through). Classes that rows and columns bind form *families*: a family is a
+list of clusters of equal width, and removing its k-th unit removes one class from every cluster:
+one channel; one head; one conv group; one channel from each head.
 
 NumPy only.
 """
@@ -23,7 +23,9 @@ KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups"
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Units of one kind: unit k removes one class of each cluster. `width` counts the frozen ones too."""
+    """Units of one kind: unit k removes one class of each cluster. `width` counts the frozen ones
+    too.
+    """
 
     kind: str
     clusters: tuple[Ids, ...]
@@ -61,7 +63,9 @@ class Units:
         """Everything below one block, found once."""
         if block not in self._closures:
             below = self.below[block]
-            inner = [self._under(c, depth + 1) for c in below.tolist() if c in self.below and depth < 8]
+            inner = [
+                self._under(c, depth + 1) for c in below.tolist() if c in self.below and depth < 8
+            ]
             self._closures[block] = np.unique(np.concatenate([below, *inner]))
         return self._closures[block]
 
@@ -140,7 +144,9 @@ class _Solver:
         self.links = [[np.unique(compact[row]) for row in link] for link in self.links]
 
     def substitute(self) -> None:
-        """Express rows that consist of smaller rows by the blocks of these, so that no two rows overlap."""
+        """Express rows that consist of smaller rows by the blocks of these, so that no two rows
+        overlap.
+        """
         for _ in range(8):
             smallest = self._smallest()
             changed = False
@@ -177,7 +183,9 @@ class _Solver:
         if len({len(row) for row in rows}) > 1:
             return False
         bound.items = np.array(rows, dtype=np.int64)
-        self.links.append(list(link.values()))  # the parts must keep one number, or the rows would differ
+        self.links.append(
+            list(link.values())
+        )  # the parts must keep one number, or the rows would differ
         return True
 
     def _find_conflicts(self) -> None:
@@ -298,13 +306,17 @@ class _Solver:
         if len({len(c) for c in clusters.values()}) > 1 or _share(clusters.values()):
             return None, taken
         free = tuple(c[self.frozen[c] < 0] for c in clusters.values())
-        of_blocks = any(int(item) in self.blocks for cluster in clusters.values() for item in cluster)
+        of_blocks = any(
+            int(item) in self.blocks for cluster in clusters.values() for item in cluster
+        )
         kinds = KINDS.get(_kind(bounds[0].op), ("heads", "head dims"))
         family = Family(kinds[0 if of_blocks and not tied else 1], free, width)
         return (family if family.size else None), taken
 
     def _blocks(self, bound_items: set[int]) -> list[Family]:
-        """Whole rows as units: heads, conv groups. Those that are items of a larger fold are there already."""
+        """Whole rows as units: heads, conv groups. Those that are items of a larger fold are there
+        already.
+        """
         families = []
         seen: set[bytes] = set()
         for bound in self.bounds:

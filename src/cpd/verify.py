@@ -25,9 +25,9 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.
 class Proof:
     """The result of `verify`: true where the largest relative difference is within the limit.
 
-    `mode`: "exact" (against the zeroed network itself) or "masked statistics" (against the zeroed graph with
-    statistics over kept channels). `checks`: what was compared -> largest difference, relative to the
-    largest reference value of that output.
+    `mode`: "exact" (against the zeroed network itself) or "masked statistics" (against the zeroed
+    graph with statistics over kept channels). `checks`: what was compared -> largest difference,
+    relative to the largest reference value of that output.
     """
 
     max_error: float
@@ -41,7 +41,9 @@ class Proof:
 
     def __str__(self) -> str:
         word = "verified" if self else "NOT verified"
-        lines = [f"{word} ({self.mode}): largest relative difference {self.max_error:.2e} (limit {self.limit:.0e})"]
+        lines = [
+            f"{word} ({self.mode}): largest relative difference {self.max_error:.2e} (limit {self.limit:.0e})"
+        ]
         lines += [f"  {name}: {value:.2e}" for name, value in self.checks.items()]
         if not self:
             lines.append(f"  first difference: {self.where}")
@@ -58,9 +60,10 @@ def verify(
 ) -> Proof:
     """Compare a cut network with the original in which everything removed is zero.
 
-    Both run in evaluation mode, in `dtype` where it is given and they can (copies; nothing given in changes). With
-    a plan made with `exact=True` the reference is the zeroed model itself; otherwise its graph with statistics
-    over kept channels. Without `example_inputs` random ones of the traced shapes are made.
+    Both run in evaluation mode, in `dtype` where it is given and they can (copies; nothing given in
+    changes). With a plan made with `exact=True` the reference is the zeroed model itself; otherwise
+    its graph with statistics over kept channels. Without `example_inputs` random ones of the traced
+    shapes are made.
 
     Raises:
         PlanMismatch: the plan was made for another model.
@@ -80,9 +83,15 @@ def verify(
     zeroed = _zeroed(big, plan)
     exact = bool(plan.options.get("exact"))
     wanted = _run(zeroed, args, kwargs) if exact else _reference(groups, plan, zeroed, args, kwargs)
-    checks = {f"output {k}": _difference(a, b) for k, (a, b) in enumerate(zip(got, wanted, strict=True))}
+    checks = {
+        f"output {k}": _difference(a, b) for k, (a, b) in enumerate(zip(got, wanted, strict=True))
+    }
     checks.update(_sizes_agree(cut_net, plan))
-    worst = max(checks.values(), default=0.0) if not any(v != v for v in checks.values()) else float("nan")
+    worst = (
+        max(checks.values(), default=0.0)
+        if not any(v != v for v in checks.values())
+        else float("nan")
+    )
     where = max(checks, key=lambda name: checks[name], default="") if checks else ""
     mode = "exact" if exact else "masked statistics"
     return Proof(worst, _limit(got[0].dtype if got else dtype), mode, where, checks)
@@ -93,7 +102,9 @@ def _limit(got_dtype: torch.dtype | None) -> float:
 
 
 def inputs_like(plan: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return inputs for the model of a plan: the traced ones, or random ones of their shapes and types."""
+    """Return inputs for the model of a plan: the traced ones, or random ones of their shapes and
+    types.
+    """
     if plan.groups is not None:
         return plan.groups.trace.args, plan.groups.trace.kwargs
     generator = torch.Generator().manual_seed(0)
@@ -126,8 +137,9 @@ def _as_type(
 def _exactly_rescaled(small: nn.Module, big: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     """Return rescaled weights as they are before rounding to the network's type.
 
-    The factor that pins an attention's scale is irrational, so these weights are right to one rounding. Where
-    they are, the proof goes on with the unrounded ones, so that its limit need not allow for it.
+    The factor that pins an attention's scale is irrational, so these weights are right to one
+    rounding. Where they are, the proof goes on with the unrounded ones, so that its limit need not
+    allow for it.
     """
     held, full, exact = dict(named_tensors(small)), dict(named_tensors(big)), {}
     for name in plan.rescale:
@@ -153,10 +165,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
     return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 
 
-def _groups_for(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups:
+def _groups_for(
+    model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Groups:
     """Return the groups the plan was chosen from, or those of the same shapes combed anew."""
     found = plan.groups
-    if found is not None and _shapes((args, kwargs)) == _shapes((found.trace.args, found.trace.kwargs)):
+    if found is not None and _shapes((args, kwargs)) == _shapes(
+        (found.trace.args, found.trace.kwargs)
+    ):
         return found
     options = {key: plan.options[key] for key in ("exact", "unknown") if key in plan.options}
     return comb(model, kwargs or args, **options)
@@ -200,4 +216,8 @@ def _sizes_agree(small: nn.Module, plan: Plan) -> dict[str, float]:
     """Parameters after cutting are as many as predicted."""
     counted = sum(p.numel() for p in small.parameters())
     predicted = plan.costs.get("params", (0, counted))[1]
-    return {} if counted == predicted else {f"{counted} parameters, {predicted} predicted": float("inf")}
+    return (
+        {}
+        if counted == predicted
+        else {f"{counted} parameters, {predicted} predicted": float("inf")}
+    )

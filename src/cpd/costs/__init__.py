@@ -1,7 +1,8 @@
 """Costs: what a network costs, counted from its graph.
 
-MACs are multiply-accumulates of convolutions, linear layers, matrix products and attention (both of its products),
-per sample. The same formulas predict the cost of a plan, so predicted and counted are equal.
+MACs are multiply-accumulates of convolutions, linear layers, matrix products and attention (both of
+its products), per sample. The same formulas predict the cost of a plan, so predicted and counted
+are equal.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ SHELF: dict[str, Callable[..., Importance]] = {
 def resolve(spec: Any) -> Importance:
     """Return the importance of a name, a {name: options}, an object of the protocol, or a callable.
 
-    A callable takes (model, groups) and returns group name -> vector of length `group.size`. It is called at
-    every `observe`, with gradients in place, and its results are added up.
+    A callable takes (model, groups) and returns group name -> vector of length `group.size`. It is
+    called at every `observe`, with gradients in place, and its results are added up.
 
     Raises `UnknownName` for a name that is not on the shelf.
     """

@@ -18,9 +18,9 @@ Scores = dict[str, torch.Tensor]
 class Importance(Protocol):
     """What the pruning loop needs of an importance.
 
-    `start` may attach hooks; `observe` is called after every backward pass, before the gradients go; `scores`
-    returns what has come together since `start` or `reset`, one float64 vector for each group; `close` removes
-    the hooks. `state`/`load_state` carry the sums through a checkpoint.
+    `start` may attach hooks; `observe` is called after every backward pass, before the gradients
+    go; `scores` returns what has come together since `start` or `reset`, one float64 vector for
+    each group; `close` removes the hooks. `state`/`load_state` carry the sums through a checkpoint.
     """
 
     needs_gradient: bool
@@ -49,11 +49,13 @@ def is_importance(value: Any) -> bool:
 class Accumulated:
     """An importance made of a function: (model, groups) -> scores of one backward pass, added up.
 
-    `average`: gradients are the same on all processes (as under data parallel), so the sums are averaged over
-    processes, which leaves them as they are but for rounding.
+    `average`: gradients are the same on all processes (as under data parallel), so the sums are
+    averaged over processes, which leaves them as they are but for rounding.
     """
 
-    def __init__(self, function: Callable[[nn.Module, Groups], Mapping[str, Any]], *, needs_gradient: bool) -> None:
+    def __init__(
+        self, function: Callable[[nn.Module, Groups], Mapping[str, Any]], *, needs_gradient: bool
+    ) -> None:
         self.function, self.needs_gradient = function, needs_gradient
         self._sums: Scores = {}
         self._model: nn.Module | None = None
@@ -114,7 +116,9 @@ def reduced(vector: torch.Tensor, *, mean: bool) -> torch.Tensor:
 
 
 def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the model's parameters and buffers by every name, also where a wrapper holds the model."""
+    """Return the model's parameters and buffers by every name, also where a wrapper holds the
+    model.
+    """
     inner = getattr(model, "module", model) if hasattr(model, "module") else model
     return {
         **dict(inner.named_buffers(remove_duplicate=False)),
@@ -128,7 +132,9 @@ def per_channel(values: torch.Tensor, member: Member, size: int) -> torch.Tensor
     `values` has the shape of the member's tensor.
     """
     channel = torch.from_numpy(member.channel).to(values.device)
-    gone = [axis for axis, length in enumerate(channel.shape) if length == 1 and values.shape[axis] > 1]
+    gone = [
+        axis for axis, length in enumerate(channel.shape) if length == 1 and values.shape[axis] > 1
+    ]
     summed = values.double().sum(gone, keepdim=True) if gone else values.double()
     flat, index = summed.reshape(-1), channel.reshape(-1)
     if (index < 0).any():
@@ -137,7 +143,9 @@ def per_channel(values: torch.Tensor, member: Member, size: int) -> torch.Tensor
 
 
 def gradient_of(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return a parameter's gradient, or None for what has none by its nature (buffers, frozen parameters)."""
+    """Return a parameter's gradient, or None for what has none by its nature (buffers, frozen
+    parameters).
+    """
     tensor = tensors[name]
     return tensor.grad if isinstance(tensor, nn.Parameter) else None
 

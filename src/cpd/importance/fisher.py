@@ -1,4 +1,6 @@
-"""Group Fisher: per-sample gradients of a channel's mask, summed over coupled consumers, then squared."""
+"""Group Fisher: per-sample gradients of a channel's mask, summed over coupled consumers, then
+squared.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from .base import Scores, reduced
 class Fisher:
     r"""Score of "Group Fisher Pruning for Practical Network Compression" (Liu et al., ICML 2021).
 
-    The mask m_c of a channel multiplies the inputs of all layers that read it. Its gradient for sample n is
+    The mask m_c of a channel multiplies the inputs of all layers that read it. Its gradient for
+    sample n is
 
         g[n, c] = sum over consumers, sum over places:  a[n, c, place] * dL_n/da[n, c, place]
 
-    and the score, an estimate of the loss's second derivative in m_c, is sum_n g[n, c]^2, added up over
-    backward passes and processes. Consumers are the linear and convolution layers (modules) that read the channel;
-    a group with none is scored by the layers that make it, on their outputs. `dL_n` is taken from the batch's
-    mean loss as it is: multiply by the squared batch size for per-sample losses.
+    and the score, an estimate of the loss's second derivative in m_c, is sum_n g[n, c]^2, added up
+    over backward passes and processes. Consumers are the linear and convolution layers (modules)
+    that read the channel; a group with none is scored by the layers that make it, on their outputs.
+    `dL_n` is taken from the batch's mean loss as it is: multiply by the squared batch size for
+    per-sample losses.
     """
 
     needs_gradient = True
@@ -44,7 +48,9 @@ class Fisher:
         inner = getattr(model, "module", model) if hasattr(model, "module") else model
         self._readers = {group.name: _readers(inner, group.members) for group in groups}
         for path in sorted({path for readers in self._readers.values() for path, _ in readers}):
-            outputs = any(p == path and m.role == "out" for r in self._readers.values() for p, m in r)
+            outputs = any(
+                p == path and m.role == "out" for r in self._readers.values() for p, m in r
+            )
             self._hook(inner.get_submodule(path), path, outputs)
         self.reset()
 
@@ -57,7 +63,9 @@ class Fisher:
 
         self._handles.append(module.register_forward_hook(forward))
 
-    def _take(self, module: nn.Module, path: str, value: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _take(
+        self, module: nn.Module, path: str, value: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
         """Keep a * dL/da per sample and channel: (batch, channels)."""
         with torch.no_grad():
             product = (value * gradient).double()
@@ -122,7 +130,11 @@ def _readers(model: nn.Module, members: tuple[Member, ...]) -> list[tuple[str, M
         found = []
         for member in members:
             path, _, leaf = member.tensor.rpartition(".")
-            if member.role == role and leaf == "weight" and isinstance(model.get_submodule(path), _READS):
+            if (
+                member.role == role
+                and leaf == "weight"
+                and isinstance(model.get_submodule(path), _READS)
+            ):
                 found.append((path, member))
         if found:
             return found
@@ -130,9 +142,13 @@ def _readers(model: nn.Module, members: tuple[Member, ...]) -> list[tuple[str, M
 
 
 def _along(member: Member) -> Any:
-    """Return the group's channel of each input (or output) channel of a layer, -1 for other groups'."""
+    """Return the group's channel of each input (or output) channel of a layer, -1 for other
+    groups'.
+    """
     channel = member.channel
-    if channel.ndim > 1 and channel.shape[0] > 1 and channel.shape[1] > 1:  # a grouped convolution's inputs
+    if (
+        channel.ndim > 1 and channel.shape[0] > 1 and channel.shape[1] > 1
+    ):  # a grouped convolution's inputs
         flat = channel.reshape(channel.shape[0], channel.shape[1])
         _, first = _unique_rows(flat)
         return flat[first].reshape(-1)

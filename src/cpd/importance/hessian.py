@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from ..groups import Groups
-from .base import Accumulated, Importance, Scores, gradient_of, held_tensors, made_by, per_channel, require_gradients
+from .base import (
+    Accumulated,
+    Importance,
+    Scores,
+    gradient_of,
+    held_tensors,
+    made_by,
+    per_channel,
+    require_gradients,
+)
 
 
 def hessian() -> Importance:
@@ -16,9 +25,10 @@ def hessian() -> Importance:
 
         S_p[c] += (sum_{w in p[c, ...]} w * dL/dw)^2 / A_p
 
-    with A_p the elements of the activation that the layer puts out, per sample, times the channels still there.
-    The group's score is the mean over its members, divided by the number of members and followers (the tensors
-    that read the channels). Gradients are those of the whole mini-batch. Shapes: one vector (size,) per group.
+    with A_p the elements of the activation that the layer puts out, per sample, times the channels
+    still there. The group's score is the mean over its members, divided by the number of members
+    and followers (the tensors that read the channels). Gradients are those of the whole mini-batch.
+    Shapes: one vector (size,) per group.
 
     Raises `MissingGradient` where a group has no gradient.
     """

@@ -13,7 +13,8 @@ from .base import Accumulated, Importance, Scores, held_tensors, per_channel
 def magnitude(*, p: float = 2.0) -> Importance:
     """Sum of |w|^p over a channel's weights, mean over all parameters that make or read it.
 
-    Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017); group mean as in DepGraph (CVPR 2023).
+    Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017); group mean as in
+    DepGraph (CVPR 2023).
     """
     if not p > 0:
         raise InputError(f"magnitude needs p > 0, got {p!r}")

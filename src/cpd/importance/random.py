@@ -17,5 +17,6 @@ def random(*, seed: int = 0) -> Importance:
 def _scores(model: nn.Module, groups: Groups, seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     return {
-        group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups
+        group.name: torch.rand(group.size, generator=generator, dtype=torch.float64)
+        for group in groups
     }

@@ -6,18 +6,30 @@ import torch
 from torch import nn
 
 from ..groups import Groups
-from .base import Accumulated, Importance, Scores, gradient_of, held_tensors, made_by, per_channel, require_gradients
+from .base import (
+    Accumulated,
+    Importance,
+    Scores,
+    gradient_of,
+    held_tensors,
+    made_by,
+    per_channel,
+    require_gradients,
+)
 
 
 def taylor(*, multivariable: bool = True) -> Importance:
     """|sum of w * dL/dw| over a channel's weights (`multivariable`), or the sum of |w * dL/dw|.
 
-    The first is the change of the loss to first order when the channel goes; source: Molchanov et al., "Importance
-    Estimation for Neural Network Pruning" (CVPR 2019). Mean over the members that make the channel.
+    The first is the change of the loss to first order when the channel goes; source: Molchanov et
+    al., "Importance Estimation for Neural Network Pruning" (CVPR 2019). Mean over the members that
+    make the channel.
 
     Raises `MissingGradient` where a group has no gradient.
     """
-    return Accumulated(lambda model, groups: _scores(model, groups, multivariable), needs_gradient=True)
+    return Accumulated(
+        lambda model, groups: _scores(model, groups, multivariable), needs_gradient=True
+    )
 
 
 def _scores(model: nn.Module, groups: Groups, multivariable: bool) -> Scores:

@@ -1,8 +1,9 @@
 """Op rules: how channel ids pass through one call of one operator.
 
-A rule is a function of a `Call`. It returns the labels of the outputs and records on the call what the op
-demands: unions and frozen channels, literal sizes that must follow, statistics across channels, MACs. It sees
-shapes and arguments only: never a model, a module or data. An operator without a rule is never guessed at.
+A rule is a function of a `Call`. It returns the labels of the outputs and records on the call what
+the op demands: unions and frozen channels, literal sizes that must follow, statistics across
+channels, MACs. It sees shapes and arguments only: never a model, a module or data. An operator
+without a rule is never guessed at.
 """
 
 from __future__ import annotations

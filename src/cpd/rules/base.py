@@ -78,7 +78,9 @@ class Call:
             self.freeze(layer.ids, why)
 
     def statistic(self, labels: Labels, axis: int, why: str) -> None:
-        """A value is computed across the channels of `axis`: cutting is then not the same as zeroing."""
+        """A value is computed across the channels of `axis`: cutting is then not the same as
+        zeroing.
+        """
         if not labels.carries(axis):
             return
         if self.exact:
@@ -153,10 +155,11 @@ def align(
 ) -> Labels:
     """Unite the axes of the operands that bear one name, and return the labels of the output.
 
-    This is an einsum over ids. An axis of size 1 broadcasts. An operand with a full axis and no ids fixes that
-    axis for all. Names that `out` lacks are contracted: dead channels then must be zero in one operand, or
-    the contraction is a statistic; `statistic` says so for reductions that never are exact (mean, max).
-    `zero(flags)` tells from the operands' zero flags (operand -> zero) whether the output's dead entries are zero.
+    This is an einsum over ids. An axis of size 1 broadcasts. An operand with a full axis and no ids
+    fixes that axis for all. Names that `out` lacks are contracted: dead channels then must be zero
+    in one operand, or the contraction is a statistic; `statistic` says so for reductions that never
+    are exact (mean, max). `zero(flags)` tells from the operands' zero flags (operand -> zero)
+    whether the output's dead entries are zero.
     """
     entries: dict[str, list[_Entry]] = {}
     flags: dict[str, dict[int, bool]] = {}

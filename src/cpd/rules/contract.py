@@ -82,10 +82,14 @@ def einsum(call: Call) -> Labels:
     plain = "->" in equation and "." not in equation and len(terms) == len(tensors) <= 2
     if not plain or any(len(set(term)) != len(term) for term in terms):
         for tensor in tensors:
-            call.freeze_all(tensor, "einsum with implicit, repeated or more than two operands' axes")
+            call.freeze_all(
+                tensor, "einsum with implicit, repeated or more than two operands' axes"
+            )
         return Labels(call.shape)
     y = align(call, list(zip(tensors, terms, strict=True)), right, call.shape)
-    axes = {name: (t, k) for t, term in zip(tensors, terms, strict=True) for k, name in enumerate(term)}
+    axes = {
+        name: (t, k) for t, term in zip(tensors, terms, strict=True) for k, name in enumerate(term)
+    }
     call.cost(1, list(axes.values()))
     return y
 
@@ -111,7 +115,9 @@ def conv_transpose(call: Call) -> Labels:
     return y
 
 
-def _conv(call: Call, x: Labels, w: Labels, b: Labels | None, groups: int, *, transposed: bool) -> Labels:
+def _conv(
+    call: Call, x: Labels, w: Labels, b: Labels | None, groups: int, *, transposed: bool
+) -> Labels:
     rank = len(w.shape) - 2
     batched = len(x.shape) == rank + 2
     lead, kernel = (["n"] if batched else []), [f"k{k}" for k in range(rank)]
@@ -146,7 +152,9 @@ def _split(call: Call, labels: Labels, axis: int, groups: int) -> Labels:
 
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Labels:
-    """softmax(q k^T scale + mask) v; the default scale depends on the head dim and has to be pinned."""
+    """softmax(q k^T scale + mask) v; the default scale depends on the head dim and has to be
+    pinned.
+    """
     q, k, v = call.args["query"], call.args["key"], call.args["value"]
     mask = call.args.get("attn_mask")
     if call.args.get("enable_gqa"):
@@ -162,7 +170,9 @@ def attention(call: Call) -> Labels:
     if mask is not None:
         operands.append((mask, [*lead, "l", "s"][len(lead) + 2 - len(mask.shape) :]))
     scores = align(call, operands, [*lead, "l", "s"], (*q.shape[:-1], k.shape[-2]))
-    y = align(call, [(scores, [*lead, "l", "s"]), (v, [*lead, "s", "c"])], [*lead, "l", "c"], call.shape)
+    y = align(
+        call, [(scores, [*lead, "l", "s"]), (v, [*lead, "s", "c"])], [*lead, "l", "c"], call.shape
+    )
     head = [(y, axis) for axis in range(len(y.shape) - 1)]
     call.cost(1, [*head, (k, len(k.shape) - 2), (q, len(q.shape) - 1)])
     call.cost(1, [*head, (v, len(v.shape) - 2), (v, len(v.shape) - 1)])

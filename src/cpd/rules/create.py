@@ -11,14 +11,18 @@ from .base import Call, rule
     "new_ones", "new_full", "new_empty", "rand", "randn", "rand_like", "randn_like", "scalar_tensor",
 )  # fmt: skip
 def uniform(call: Call) -> Labels:
-    """The same (or equally distributed) everywhere. Its literal size follows what it meets: see `Size`."""
+    """The same (or equally distributed) everywhere. Its literal size follows what it meets: see
+    `Size`.
+    """
     like = call.args.get("self")
     if call.op.endswith("_like") and isinstance(like, Labels):
         return Labels(call.shape, uniform=True)
     return Labels(call.shape)
 
 
-@rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm", "bernoulli")
+@rule(
+    "arange", "linspace", "eye", "tril_indices", "triu_indices", "randint", "randperm", "bernoulli"
+)
 def sequence(call: Call) -> Labels:
     """Numbers that differ from place to place: the size is fixed."""
     return Labels(call.shape)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..labels import Labels, Layer, permute, reshape, squeeze_constant, spread
+from ..labels import Labels, Layer, permute, reshape, spread, squeeze_constant
 from .base import Call, align, rule
 
 
@@ -87,20 +87,31 @@ def cat(call: Call) -> Labels:
     rank = len(call.shape)
     axis = _axis(call.args.get("dim", 0), rank)
     names = [f"d{k}" for k in range(rank)]
-    parts = [(x, [n if k != axis else f"part{i}" for k, n in enumerate(names)]) for i, x in enumerate(tensors)]
-    rest = align(call, [(_without(x, axis), n) for x, n in parts], names, call.shape, zero=_all_zero(len(parts)))
+    parts = [
+        (x, [n if k != axis else f"part{i}" for k, n in enumerate(names)])
+        for i, x in enumerate(tensors)
+    ]
+    rest = align(
+        call,
+        [(_without(x, axis), n) for x, n in parts],
+        names,
+        call.shape,
+        zero=_all_zero(len(parts)),
+    )
     return _joined(call, tensors, axis, rest)
 
 
-def _all_zero(count: int):  # noqa: ANN202
+def _all_zero(count: int):
     return lambda flags: len(flags) == count and all(flags.values())
 
 
 def _without(labels: Labels, axis: int) -> Labels:
     """Forget the ids along one axis; layers it is an outer axis of keep to it through `cat` itself."""
-    return replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes), uniform=True) if (
-        not [e for e in labels.layers if axis not in e.axes]
-    ) else replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes))
+    return (
+        replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes), uniform=True)
+        if (not [e for e in labels.layers if axis not in e.axes])
+        else replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes))
+    )
 
 
 def _joined(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> Labels:
@@ -121,7 +132,11 @@ def _joined(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> Label
             part = call.channels.new(x.shape[axis])
             call.freeze(part, "concatenated with channels of fixed number")
         else:
-            part = layer.ids if layer.ids.shape[0] == x.shape[axis] else np.repeat(layer.ids, x.shape[axis])
+            part = (
+                layer.ids
+                if layer.ids.shape[0] == x.shape[axis]
+                else np.repeat(layer.ids, x.shape[axis])
+            )
         ids.append(part)
     zero = all(e.zero for e in found if e is not None)
     layer = Layer((axis,), np.concatenate(ids), zero)
@@ -135,7 +150,9 @@ def _joined_rows(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> 
             if axis not in layer.axes:
                 continue
             if layer.owner == axis:
-                call.channels.freeze_inner(layer.ids, call.reason("concatenated inside coupled rows"))
+                call.channels.freeze_inner(
+                    layer.ids, call.reason("concatenated inside coupled rows")
+                )
             else:
                 call.freeze(layer.ids, "concatenated along an outer axis")
     blocks = [(x.at(axis, call.channels), x) for x in tensors]
@@ -161,7 +178,9 @@ def stack(call: Call) -> Labels:
     names = [f"d{k}" for k in range(rank)]
     inner = [n for k, n in enumerate(names) if k != axis]
     tensors = call.args["tensors"]
-    return align(call, [(x, inner) for x in tensors], names, call.shape, zero=_all_zero(len(tensors)))
+    return align(
+        call, [(x, inner) for x in tensors], names, call.shape, zero=_all_zero(len(tensors))
+    )
 
 
 def _slice(call: Call, x: Labels, axis: int, start: int, stop: int, step: int = 1) -> Labels:
@@ -230,7 +249,9 @@ def _keep_one(call: Call, x: Labels, axis: int, runs: Sequence[tuple[int, int]])
 
 @rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
 def split(call: Call) -> list[Labels]:
-    """Parts of one axis. Parts of equal size stay equal, since code often computes them from the whole."""
+    """Parts of one axis. Parts of equal size stay equal, since code often computes them from the
+    whole.
+    """
     x = call.args["self"]
     axis = _axis(call.args.get("dim", 0), len(x.shape))
     lengths = [shape[axis] for shape in call.out]
@@ -367,9 +388,22 @@ def pixel_unshuffle(call: Call) -> Labels:
     return _moved(call, call.args["self"])
 
 
-@rule("flip", "repeat", "tile", "repeat_interleave", "roll", "rot90", "im2col", "diagonal", "tril", "triu")
+@rule(
+    "flip",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    "roll",
+    "rot90",
+    "im2col",
+    "diagonal",
+    "tril",
+    "triu",
+)
 def moved(call: Call) -> Labels:
-    """Run the operator itself on the ids. A roll over channels depends on their number and fixes them."""
+    """Run the operator itself on the ids. A roll over channels depends on their number and fixes
+    them.
+    """
     x = call.args["self"]
     if call.op in ("roll", "rot90", "diagonal", "im2col", "tril", "triu"):
         dims = call.args.get("dims") or range(len(x.shape))

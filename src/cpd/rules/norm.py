@@ -6,7 +6,7 @@ from ..labels import Labels, reshape
 from .base import Call, Named, align, rule
 
 
-def _affine_zero(first: int, count: int):  # noqa: ANN202
+def _affine_zero(first: int, count: int):
     """Dead channels come out as zero only where scale and shift are there and zero."""
     return lambda flags: count > 0 and all(flags.get(first + k, False) for k in range(count))
 
@@ -56,7 +56,9 @@ def group_norm(call: Call) -> Labels:
     affine = [call.args.get(name) for name in ("weight", "bias")]
     parts = [reshape(p, (groups, c // groups), call.channels) for p in affine if p is not None]
     operands = [(part, names[1:3]) for part in parts]
-    y = align(call, [(inner, names), *operands], names, inner.shape, zero=_affine_zero(1, len(parts)))
+    y = align(
+        call, [(inner, names), *operands], names, inner.shape, zero=_affine_zero(1, len(parts))
+    )
     return reshape(y, call.shape, call.channels)
 
 

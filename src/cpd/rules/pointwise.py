@@ -1,7 +1,8 @@
 """Pointwise operators: aligned by broadcasting, united position by position.
 
-PyTorch tags them, so no list is kept: `find` is asked for by the tag `pointwise`. Whether a dead channel that
-is zero stays zero (relu does, sigmoid does not) is found by running the operator itself on zeros.
+PyTorch tags them, so no list is kept: `find` is asked for by the tag `pointwise`. Whether a dead
+channel that is zero stays zero (relu does, sigmoid does not) is found by running the operator
+itself on zeros.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 
 from ..labels import Labels
 from .base import Call, align, rule
-
 
 _PROBED: dict[Any, bool] = {}  # facts about operators, the same for every network
 

@@ -29,7 +29,9 @@ def reduction(call: Call) -> Labels | list[Labels]:
     out = [n if k not in gone else f"one{k}" for k, n in enumerate(names) if keep or k not in gone]
     why = None if call.op == "sum" else f"{call.op} over channels"
     zero = None if call.op in ("mean", "sum") else (lambda flags: False)
-    results = [align(call, [(x, names)], out, shape, statistic=why, zero=zero) for shape in call.out]
+    results = [
+        align(call, [(x, names)], out, shape, statistic=why, zero=zero) for shape in call.out
+    ]
     return results if len(results) > 1 else results[0]
 
 
