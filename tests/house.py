@@ -16,11 +16,12 @@ PARAMETERS = 7
 EXCEPTIONS: dict[str, str] = {
     "choose.py:choose:parameters": "public entry: one keyword for each decision of a plan",
     "distill/__init__.py:distill:parameters": "public entry: one keyword for each part of a run",
+    "cli/commands.py:Shell.prune:parameters": "each parameter is a flag of the command",
     "attention.py:CutMultiheadAttention.forward:parameters": "called as nn.MultiheadAttention is",
 }
 
 # May name architectures, parameters and libraries of models.
-KNOWS_MODELS = ("models", "data", "cli.py", "_torchvision.py")
+KNOWS_MODELS = ("models", "data", "cli", "_torchvision.py")
 
 # Long words are refused anywhere in an identifier, short ones as a whole part of one.
 LONG_WORDS = (
@@ -92,16 +93,20 @@ PUBLIC = {
     "OutputError",
     "Plan",
     "PlanMismatch",
+    "Proof",
     "Report",
+    "Result",
     "TraceError",
     "UnknownName",
     "UnreachableTarget",
     "VerifyError",
-    "__version__",
     "choose",
     "comb",
     "compress",
+    "costs",
     "cut",
+    "distill",
+    "importance",
     "load",
     "mask",
     "prune",

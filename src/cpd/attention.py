@@ -49,7 +49,7 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         need_weights: bool = True,
         attn_mask: torch.Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,
+        is_causal: bool = False,  # noqa: ARG002 - a hint to the fused path; attn_mask says it all
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `nn.MultiheadAttention.forward`: (batch, length, embed) with batch_first, else
         (length, batch, embed).
@@ -60,7 +60,7 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
-        mask = self._mask(q, k, attn_mask, key_padding_mask, batched)
+        mask = self._mask(q, attn_mask, key_padding_mask, batched)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -79,10 +79,9 @@ class CutMultiheadAttention(nn.MultiheadAttention):
     def _heads(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> list[torch.Tensor]:
-        if self.in_proj_weight is not None:
-            weights: Any = self.in_proj_weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        packed: Any = self.in_proj_weight  # None where key or value have widths of their own
+        own = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights: Any = own if packed is None else packed.chunk(3)
         biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
@@ -97,7 +96,6 @@ class CutMultiheadAttention(nn.MultiheadAttention):
     def _mask(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
         attn_mask: torch.Tensor | None,
         padding: torch.Tensor | None,
         batched: bool,

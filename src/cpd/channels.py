@@ -26,7 +26,7 @@ Ids = NDArray[np.int64]
 
 @dataclass
 class Fold:
-    """Ids of shape (rows, columns) with the block ids of its rows and, where tied, of its columns."""
+    """Ids of shape (rows, columns), with block ids of its rows and, where tied, its columns."""
 
     ids: Ids
     rows: Ids | None = None
@@ -104,7 +104,7 @@ class Channels:
             ids = self.rows(ids)
 
     def product(self, rows: Ids, columns: Ids) -> Ids:
-        """Return fresh ids [i, j] that are alive exactly when `rows[i]` and `columns[j]` both are."""
+        """Return fresh ids [i, j], alive exactly when `rows[i]` and `columns[j]` both are."""
         ids = self.new(rows.size, columns.size)
         fold, flipped = self._fold(ids)
         fold.tied = True

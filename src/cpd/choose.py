@@ -33,7 +33,7 @@ def parse_target(target: str | Mapping[str, float], costs: Sequence[str]) -> dic
     Raises `InputError` for shares that are not in (0, 1], `UnknownName` for unknown costs.
     """
     if isinstance(target, str):
-        pairs = [part.partition("=")[::2] for part in target.split(",")]
+        pairs: list[tuple[str, Any]] = [part.partition("=")[::2] for part in target.split(",")]
     elif isinstance(target, Mapping):
         pairs = [(key, value) for key, value in target.items()]
     else:
@@ -118,7 +118,7 @@ def choose(
 
 
 def _check_options(multiple_of: int, min_keep: float) -> None:
-    if not isinstance(multiple_of, int) or multiple_of < 1:
+    if int(multiple_of) != multiple_of or multiple_of < 1:
         raise InputError(f"multiple_of is {multiple_of!r}; give a whole number of at least 1")
     if not 0 <= min_keep <= 1:
         raise InputError(f"min_keep is {min_keep!r}; give a share between 0 and 1")

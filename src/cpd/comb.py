@@ -15,7 +15,7 @@ from torch import nn
 
 from .channels import Ids, components
 from .errors import InputError, UnknownName
-from .graph import Reader, Terms
+from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
 from .labels import Labels, Layer
 from .pins import pin_queries
@@ -95,7 +95,7 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
 
 
 def _note_unused(model: nn.Module, reader: Reader) -> None:
-    """A tensor that no call reads has no ids; nothing to do but to know it (it is kept as it is)."""
+    """A tensor that no call reads has no ids: it is known, and kept as it is."""
     for name, tensor in named_tensors(model):
         name = reader.trace.aliases[name]
         reader.labels.setdefault(name, Labels(tuple(tensor.shape)))
@@ -114,7 +114,9 @@ def _consumed(reader: Reader) -> set[tuple[str, int]]:
     return found
 
 
-def _build(model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list) -> Groups:
+def _build(
+    model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list[Pinned]
+) -> Groups:
     uses = [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
     costs = {
         "macs": Terms(reader.macs, per=max(graph.batch, 1)),
@@ -223,7 +225,7 @@ def _signatures(groups: Groups) -> np.ndarray:
 
 
 def _layers(groups: Groups) -> Iterable[tuple[int, str, Layer, Ids]]:
-    """Every layer of every tensor with its classes: (number of the tensor, name, layer, classes)."""
+    """Return every layer of every tensor: (number of the tensor, its name, layer, classes)."""
     for number, (tensor, labels) in enumerate(groups.labels.items()):
         for layer in labels.layers:
             yield number, tensor, layer, groups.units.label[layer.ids]

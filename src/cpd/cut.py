@@ -36,8 +36,8 @@ def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
         proof = prove(model, small, plan)
         if not proof:
             raise VerifyError(
-                f"{proof}\nThe cut network is not what the plan promises, so it is not returned. Keep the named "
-                "module out with comb(..., ignore=[...]), and report the network."
+                f"{proof}\nThe cut network is not what the plan promises: it is not returned. Keep "
+                "the named module out with comb(..., ignore=[...]), and report the network."
             )
     return small
 
@@ -51,7 +51,7 @@ def _first_named(model: nn.Module, plan: Plan) -> list[tuple[str, torch.Tensor]]
 
 
 def cut_tensor(tensor: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
-    """Return what a plan keeps of one tensor, with the rows rescaled that pin an attention's scale."""
+    """Return what a plan keeps of one tensor, rows that pin an attention's scale rescaled."""
     result = tensor.detach()
     if name in plan.rescale:
         rows, factor = plan.rescale[name]

@@ -104,8 +104,7 @@ class Reader:
                 self.env[node] = self._call(node)
             elif node.op == "output":
                 for value in _flat(self._lookup(node.args)):
-                    for layer in value.layers:
-                        self.channels.freeze(layer.ids, "model output")
+                    self.channels.freeze(value.all_ids(), "model output")
 
     def _placeholder(self, node: fx.Node) -> Labels | None:
         value = node.meta.get("val")
@@ -115,10 +114,10 @@ class Reader:
         if name is None:
             return Labels(_shape(value))
         if name not in self.labels:
-            self.labels[name] = self._fresh(node, name, _shape(value))
+            self.labels[name] = self._fresh(node, _shape(value))
         return self.labels[name]
 
-    def _fresh(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> Labels:
+    def _fresh(self, node: fx.Node, shape: tuple[int, ...]) -> Labels:
         layers = [Layer((k,), self.channels.new(size)) for k, size in enumerate(shape) if size > 1]
         groups = _weight_groups(node)
         if groups > 1 and len(shape) > 1 and shape[1] > 1:
@@ -143,7 +142,7 @@ class Reader:
         target: Any = node.target
         if getattr(target, "__name__", "") == "getitem":
             source = self.env.get(node.args[0])  # type: ignore[arg-type]
-            return source[node.args[1]] if isinstance(source, list) else source
+            return source[int(node.args[1])] if isinstance(source, list) else source  # type: ignore[arg-type]
         out = [_shape(value) for value in _tensors(node.meta.get("val"))]
         if not out:
             return None
@@ -188,7 +187,7 @@ class Reader:
             if any(label.layers for label in labels):
                 if self.unknown == "error":
                     raise TraceError(
-                        f"no rule for operator {node.target} ({call.where}). Add one to cpd.rules, or comb "
+                        f"no rule for operator {node.target} ({call.where}). Add one to cpd.rules, or comb "  # noqa: E501
                         'with unknown="freeze", which keeps every channel it touches.'
                     )
                 self.unruled[call.op] = call.where

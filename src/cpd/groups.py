@@ -12,7 +12,7 @@ from torch import nn
 from .channels import Ids
 from .errors import InputError
 from .graph import Pinned, Step, Terms
-from .labels import Labels, Mask
+from .labels import Labels, Mask, spread
 from .sizes import Site
 from .trace import Trace
 from .units import Family, Units
@@ -125,19 +125,15 @@ class Groups:
         for number, group in enumerate(self.groups):
             owner[group.classes] = number
             place[group.classes] = np.arange(group.size)
-        found: dict[int, list[Member]] = {number: [] for number in range(len(self.groups))}
-        for tensor, labels in self.labels.items():
-            for layer in labels.layers:
-                classes = self.units.label[layer.ids]
-                role = "in" if (tensor, layer.owner) in self.consumed else "out"
-                for number in np.unique(owner[classes]).tolist():
-                    if number >= 0:
-                        channel = np.where(owner[classes] == number, place[classes], -1)
-                        shape = [1] * len(labels.shape)
-                        for axis, size in zip(layer.axes, channel.shape, strict=True):
-                            shape[axis] = size
-                        act = self.activation.get(tensor, 1.0)
-                        found[number].append(Member(tensor, channel.reshape(shape), role, act))
+        found: list[list[Member]] = [[] for _ in self.groups]
+        for tensor, layer in ((t, x) for t, labels in self.labels.items() for x in labels.layers):
+            classes = self.units.label[layer.ids]
+            role = "in" if (tensor, layer.owner) in self.consumed else "out"
+            rank = len(self.labels[tensor].shape)
+            for number in np.unique(owner[classes][owner[classes] >= 0]).tolist():
+                mine = np.where(owner[classes] == number, place[classes], -1)
+                activation = self.activation.get(tensor, 1.0)
+                found[number].append(Member(tensor, spread(layer, mine, rank), role, activation))
         return {group.name: tuple(found[k]) for k, group in enumerate(self.groups)}
 
     def __str__(self) -> str:

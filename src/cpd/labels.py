@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ class Layer:
 
     @property
     def owner(self) -> int:
+        """The innermost axis."""
         return self.axes[-1]
 
 
@@ -75,14 +76,14 @@ class Labels:
 
 
 def alive_mask(labels: Labels, alive: Mask) -> Mask:
-    """Return which entries survive: shape of the tensor with 1 on axes that nothing varies along."""
-    mask = np.ones((1,) * len(labels.shape), bool)
+    """Return which entries survive: the tensor's shape, 1 on axes that nothing varies along."""
+    mask: Mask = np.ones((1,) * len(labels.shape), bool)
     for layer in labels.layers:
         mask = mask & spread(layer, alive[layer.ids], len(labels.shape))
     return mask
 
 
-def spread(layer: Layer, values: NDArray, rank: int) -> NDArray:
+def spread(layer: Layer, values: NDArray[Any], rank: int) -> NDArray[Any]:
     """Place an array over a layer's axes into `rank` axes, 1 elsewhere."""
     order = np.argsort(layer.axes)
     shape = [1] * rank
@@ -101,7 +102,7 @@ def axis_size(labels: Labels, axis: int, alive: Mask) -> int:
 
 def layer_size(layer: Layer, position: int, alive: Mask) -> int:
     """Return the live size of the `position`-th axis of a layer: that of its first live row."""
-    left = alive[layer.ids]
+    left: Any = alive[layer.ids]
     while left.ndim > position + 1:
         left = left.any(-1)
     rows = left.reshape(-1, left.shape[-1]).sum(-1)
@@ -149,7 +150,8 @@ def factor_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         size_left = size_right = 1
         while True:
             if size_left <= size_right and i < len(old) and (not left or size_left < size_right):
@@ -248,8 +250,3 @@ def _joined(outer: Layer, inner: Layer, channels: Channels) -> Layer:
     if list(order) != sorted(order):
         channels.freeze(ids, "interleaved coupled axes are merged")
     return Layer(tuple(sorted(axes)), ids.transpose(order), outer.zero or inner.zero)
-
-
-def numel(shape: Sequence[int]) -> int:
-    """Return the number of entries of a shape."""
-    return prod(shape)

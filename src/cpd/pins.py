@@ -17,11 +17,41 @@ from .channels import Ids
 from .graph import Pinned, Reader
 from .labels import Labels
 
-_LINEAR = {
-    "view", "reshape", "_unsafe_view", "permute", "transpose", "select", "unbind", "getitem", "slice", "split",
-    "split_with_sizes", "chunk", "contiguous", "clone", "to", "_to_copy", "dropout", "mul", "div", "neg",
-    "unflatten", "flatten", "squeeze", "unsqueeze", "add", "sub", "cat", "stack", "expand", "type_as", "alias",
-}  # fmt: skip
+_LINEAR = frozenset(
+    (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "permute",
+        "transpose",
+        "select",
+        "unbind",
+        "getitem",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "contiguous",
+        "clone",
+        "to",
+        "_to_copy",
+        "dropout",
+        "mul",
+        "div",
+        "neg",
+        "unflatten",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "add",
+        "sub",
+        "cat",
+        "stack",
+        "expand",
+        "type_as",
+        "alias",
+    )
+)
 _MAKERS = {
     "linear": (1, 2),
     "conv1d": (1, 2),
@@ -42,7 +72,9 @@ def pin_queries(reader: Reader) -> list[Pinned]:
             continue
         rows = _rows(reader, node, layer.ids)
         if rows is None:
-            why = "the attention's default scale depends on the head size, and no weight can make up for it"
+            why = (
+                "the attention's default scale depends on the head size, and no weight can keep it"
+            )
             reader.channels.freeze_inner(layer.ids, why)
         else:
             found.append(Pinned(rows, pin.labels, pin.axis))
@@ -118,7 +150,7 @@ def _serves_alone(
 
 
 def _made_rows(reader: Reader, maker: fx.Node, wanted: np.ndarray) -> dict[str, Ids] | None:
-    """Return weight and bias of a maker with the rows to scale; None where they serve others too."""
+    """Return a maker's weight and bias with the rows to scale; None where others use them."""
     weight, bias = _MAKERS[_op(maker)]
     nodes = [maker.args[k] if len(maker.args) > k else None for k in (weight, bias)]
     given = [x for x in nodes if isinstance(x, fx.Node)]

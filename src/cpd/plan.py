@@ -31,7 +31,8 @@ class Kept:
     @property
     def sizes(self) -> tuple[int, ...]:
         """What is left of each axis, counted from the outside in."""
-        left, sizes = self.mask, []
+        left: Any = self.mask
+        sizes = []
         for _ in self.axes:
             sizes.append(int(left.reshape(-1, left.shape[-1]).sum(-1).max(initial=0)))
             left = left.any(-1)
@@ -105,8 +106,8 @@ class Plan:
             else ""
         )
         raise PlanMismatch(
-            f"this plan was made for a {self.model}, not for this {name}: {len(differ)} tensors differ"
-            f"{'; ' + detail if detail else ''}. Build the model as it was before pruning."
+            f"this plan was made for a {self.model}, not for this {name}: {len(differ)} tensors "
+            f"differ{'; ' + detail if detail else ''}. Build the model as it was before pruning."
         )
 
     def then(self, later: Plan) -> Plan:
@@ -186,9 +187,11 @@ class Plan:
         for name, (before, after) in self.costs.items():
             lines.append(f"  {name}: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
         wide = max([len(w.group) for w in self.widths], default=0)
-        for w in self.widths:
-            if w.before != w.after:
-                lines.append(f"  {w.group:<{wide}}  {w.before} -> {w.after} {w.family}")
+        lines += [
+            f"  {w.group:<{wide}}  {w.before} -> {w.after} {w.family}"
+            for w in self.widths
+            if w.before != w.after
+        ]
         return "\n".join(lines)
 
 

@@ -67,14 +67,11 @@ def alive_of(groups: Groups, plan: Plan) -> Mask:
     """Return the classes that a plan for the same network keeps."""
     plan.check(groups.model)
     alive = np.ones(groups.units.count, bool)
-    for name, parts in plan.kept.items():
-        for layer in groups.labels[name].layers:
-            for part in parts:
-                if set(layer.axes) <= set(part.axes):
-                    gone = tuple(k for k, axis in enumerate(part.axes) if axis not in layer.axes)
-                    mask = part.mask.any(axis=gone)
-                    classes = groups.units.label[layer.ids]
-                    alive[np.setdiff1d(classes, classes[mask])] = False
+    for name, part in ((name, part) for name, parts in plan.kept.items() for part in parts):
+        for layer in (x for x in groups.labels[name].layers if set(x.axes) <= set(part.axes)):
+            gone = tuple(k for k, axis in enumerate(part.axes) if axis not in layer.axes)
+            classes = groups.units.label[layer.ids]
+            alive[np.setdiff1d(classes, classes[part.mask.any(axis=gone)])] = False
     for _ in range(4):
         for block, items in groups.units.below.items():
             if len(items) and not alive[items].any():

@@ -1,4 +1,4 @@
-"""Strategies: in which order candidates go. One signature: `Candidates` -> numbers of candidates."""
+"""Strategies: in which order candidates go. One signature: `Candidates` -> their numbers."""
 
 from __future__ import annotations
 

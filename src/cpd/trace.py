@@ -56,8 +56,8 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     raise InputError(
-        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of arguments or a dict "
-        "of keyword arguments, as the model's forward takes them"
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of arguments "
+        "or a dict of keyword arguments, as the model's forward takes them"
     )
 
 
@@ -94,7 +94,9 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
     return _trace_of(model, exported, args, kwargs)
 
 
-def _explained(copy: nn.Module, args: tuple, kwargs: dict, error: Exception) -> Exception:
+def _explained(
+    copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> Exception:
     shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in args]
     shapes += [
         f"{k}={tuple(v.shape) if isinstance(v, torch.Tensor) else v!r}" for k, v in kwargs.items()
@@ -105,17 +107,21 @@ def _explained(copy: nn.Module, args: tuple, kwargs: dict, error: Exception) -> 
             copy(*args, **kwargs)
     except Exception as failure:  # noqa: BLE001 - any error of the user's forward is reported as such
         return InputError(
-            f"{name} does not run on these example inputs {shapes}: {type(failure).__name__}: {failure}. "
-            "Give inputs as its forward takes them: a tensor, a tuple of arguments or a dict of keywords."
+            f"{name} does not run on these example inputs {shapes}: {type(failure).__name__}: "
+            f"{failure}. Give inputs as its forward takes them: a tensor, a tuple of arguments or "
+            "a dict of keywords."
         )
     text = str(error).strip().splitlines() or [""]
     return TraceError(
-        f"{name} runs on {shapes} but torch.export cannot trace it: {type(error).__name__}: {text[0]} "
+        f"{name} runs on {shapes} but torch.export cannot trace it: {type(error).__name__}: "
+        f"{text[0]} "
         "Make control flow independent of tensor values, or comb a submodule that exports."
     )
 
 
-def _trace_of(model: nn.Module, exported: Any, args: tuple, kwargs: dict) -> Trace:
+def _trace_of(
+    model: nn.Module, exported: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}

@@ -47,15 +47,11 @@ def _suspects(groups: Groups) -> dict[object, list[Family]]:
     change.
     """
     touched: dict[tuple[str, str], Mask] = {}
-    for step in groups.steps:
-        kind = (
-            type(groups.model.get_submodule(location(step.node)[0])).__name__ if step.sizes else ""
-        )
-        for size in step.sizes:
-            mask = touched.setdefault((kind, size.arg), np.zeros(groups.units.count, bool))
-            for layer in size.labels.layers:
-                if size.axis in layer.axes:
-                    mask[groups.units.label[layer.ids]] = True
+    for step, size in ((x, size) for x in groups.steps for size in x.sizes):
+        kind = type(groups.model.get_submodule(location(step.node)[0])).__name__
+        mask = touched.setdefault((kind, size.arg), np.zeros(groups.units.count, bool))
+        for layer in (x for x in size.labels.layers if size.axis in x.axes):
+            mask[groups.units.label[layer.ids]] = True
     found: dict[object, list[Family]] = {}
     for family in groups.units.families:
         closure = groups.units.closure(np.concatenate(family.clusters).tolist())
@@ -86,7 +82,7 @@ def _runner(groups: Groups) -> Callable[[Mask], str | None]:
 
 def _output_shapes(groups: Groups) -> list[tuple[int, ...]]:
     output = next(iter(reversed(groups.trace.graph.nodes)))
-    values = [x.meta.get("val") for x in output.args[0] if hasattr(x, "meta")]  # type: ignore[union-attr]
+    values = [x.meta.get("val") for x in output.args[0] if hasattr(x, "meta")]
     return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
 
 
@@ -112,7 +108,7 @@ def _run(
         with quiet_state(), torch.no_grad():
             out = small(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - any failure of the model's code is the answer sought
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     shapes = [
         tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)
     ]
@@ -128,7 +124,7 @@ def _to(value: Any, device: str) -> Any:
 
 
 def _freeze(groups: Groups, families: list[Family], why: str) -> None:
-    """Take families out of choice, and remember why for the channels that only they could remove."""
+    """Take families out of choice, and remember why for the channels that only they remove."""
     units = groups.units
     units.reasons.append(why)
     for family in families:

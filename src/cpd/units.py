@@ -159,12 +159,13 @@ class _Solver:
 
     def _smallest(self) -> dict[int, tuple[int, Ids]]:
         smallest: dict[int, tuple[int, Ids]] = {}
-        for bound in self.bounds:
-            for row, block in zip(bound.items, bound.rows, strict=True):
-                items = np.unique(row)
-                for item in items.tolist():
-                    if item not in smallest or len(items) < len(smallest[item][1]):
-                        smallest[item] = (int(block), items)
+        rows = [
+            (int(block), np.unique(row))
+            for bound in self.bounds
+            for row, block in zip(bound.items, bound.rows, strict=True)
+        ]
+        for block, items in sorted(rows, key=lambda pair: -len(pair[1])):
+            smallest.update(dict.fromkeys(items.tolist(), (block, items)))
         return smallest
 
     def _substitute(self, bound: _Bound, smallest: dict[int, tuple[int, Ids]]) -> bool:
@@ -192,20 +193,18 @@ class _Solver:
         row_of: dict[int, bytes] = {}
         bad: set[bytes] = set()
         rows: dict[bytes, Ids] = {}
-        for bound in self.bounds:
-            for row in bound.items:
-                items, counts = np.unique(row, return_counts=True)
-                key = items.tobytes()
-                rows[key] = items
-                if len(set(counts.tolist())) > 1:
-                    bad.add(key)
-                for item in items.tolist():
-                    if row_of.setdefault(item, key) != key:
-                        bad |= {key, row_of[item]}
+        for row in (row for bound in self.bounds for row in bound.items):
+            items, counts = np.unique(row, return_counts=True)
+            key = items.tobytes()
+            rows[key] = items
+            if len(set(counts.tolist())) > 1:
+                bad.add(key)
+            others = {row_of.setdefault(item, key) for item in items.tolist()} - {key}
+            bad |= {key, *others} if others else set()
         self.conflicts = [rows[key] for key in bad]
 
     def freeze(self) -> None:
-        """Spread the frozen classes: a row that keeps a channel stays, and so does a tied column."""
+        """Spread the frozen: a row that keeps a channel stays, and so does a tied column."""
         self.frozen = np.full(self.count, -1, dtype=np.int64)
         index: dict[str, int] = {}
         for ids, reason in self.channels.frozen:
@@ -234,8 +233,7 @@ class _Solver:
         for column in np.flatnonzero(new):
             self._mark(bound.columns[column : column + 1], int(marks[:, column].max()))
         rows, columns = self.frozen[bound.rows] >= 0, self.frozen[bound.columns] >= 0
-        both = np.flatnonzero(rows) if columns.any() else []
-        for row in both:
+        for row in np.flatnonzero(rows & columns.any()):
             self._mark(bound.items[row, columns], int(self.frozen[bound.rows[row]]))
 
     def result(self) -> Units:

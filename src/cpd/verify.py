@@ -42,7 +42,8 @@ class Proof:
     def __str__(self) -> str:
         word = "verified" if self else "NOT verified"
         lines = [
-            f"{word} ({self.mode}): largest relative difference {self.max_error:.2e} (limit {self.limit:.0e})"
+            f"{word} ({self.mode}): largest relative difference {self.max_error:.2e} "
+            f"(limit {self.limit:.0e})"
         ]
         lines += [f"  {name}: {value:.2e}" for name, value in self.checks.items()]
         if not self:

@@ -44,7 +44,7 @@ def resolve(spec: Any) -> Importance:
 
 
 def score(spec: Any, model: nn.Module, groups: Groups) -> Scores:
-    """Return the scores of one observation: of the weights, or of the gradients that are there now."""
+    """Return the scores of one observation: of the weights and gradients as they are now."""
     importance = resolve(spec)
     importance.start(model, groups)
     try:

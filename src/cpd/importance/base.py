@@ -78,8 +78,8 @@ class Accumulated:
             vector = torch.as_tensor(found[group.name]).detach().double().cpu()
             if vector.shape != (group.size,):
                 raise InputError(
-                    f"the importance returned shape {tuple(vector.shape)} for group {group.name!r} of "
-                    f"{group.size} channels"
+                    f"the importance returned shape {tuple(vector.shape)} for group {group.name!r} "
+                    f"of {group.size} channels"
                 )
             self._sums[group.name] = self._sums.get(group.name, 0) + vector
 
@@ -155,8 +155,9 @@ def require_gradients(model_tensors: Mapping[str, torch.Tensor], groups: Groups)
     for group in groups:
         if not any(gradient_of(m.tensor, model_tensors) is not None for m in group.members):
             raise MissingGradient(
-                f"no gradient on any tensor of group {group.name!r} ({group.members[0].tensor}, ...). Call this "
-                "after loss.backward() and before zero_grad(), and let these parameters require gradients."
+                f"no gradient on any tensor of group {group.name!r} ({group.members[0].tensor}, "
+                "...). Call this after loss.backward() and before zero_grad(), and let these "
+                "parameters require gradients."
             )
 
 

@@ -92,7 +92,8 @@ class Fisher:
                 total = part if total is None else total + part
             if total is None:
                 raise MissingGradient(
-                    f"no gradient reached the layers of group {group.name!r}. Call observe() after loss.backward() "
+                    f"no gradient reached the layers of group {group.name!r}. Call observe() after "
+                    "loss.backward() "
                     "of a forward pass in which gradients were enabled."
                 )
             known = self._sums.get(group.name, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..groups import Groups
 from .base import Accumulated, Importance, Scores
@@ -11,10 +10,10 @@ from .base import Accumulated, Importance, Scores
 
 def random(*, seed: int = 0) -> Importance:
     """Uniform numbers in [0, 1), the same for the same seed."""
-    return Accumulated(lambda model, groups: _scores(model, groups, seed), needs_gradient=False)
+    return Accumulated(lambda _, groups: _scores(groups, seed), needs_gradient=False)
 
 
-def _scores(model: nn.Module, groups: Groups, seed: int) -> Scores:
+def _scores(groups: Groups, seed: int) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     return {
         group.name: torch.rand(group.size, generator=generator, dtype=torch.float64)

@@ -10,6 +10,7 @@ from ..channels import Channels, Ids
 from ..labels import Labels, Layer, place
 
 Rule = Callable[["Call"], "Labels | list[Labels]"]
+Zero = Callable[[dict[int, bool]], bool]
 _RULES: dict[str, Rule] = {}
 
 
@@ -42,7 +43,7 @@ class Pin:
 
 @dataclass
 class Call:
-    """One call of one operator. `args` are named after the operator's schema; tensors are `Labels`."""
+    """One call of one operator. `args` are named as in its schema; tensors are `Labels`."""
 
     op: str
     args: dict[str, Any]
@@ -71,6 +72,12 @@ class Call:
         layer = labels.at(axis, self.channels)
         if layer is not None:
             self.channels.freeze_inner(layer.ids, self.reason(why))
+
+    def freeze_indices(self, labels: Labels, axis: int, why: str) -> None:
+        """Keep every index of one axis."""
+        layer = labels.at(axis, self.channels)
+        if layer is not None:
+            self.freeze(layer.ids, why)
 
     def freeze_all(self, labels: Labels, why: str) -> None:
         """Keep every channel of a tensor."""
@@ -106,6 +113,11 @@ class Call:
             else:
                 factors.append(Factor(layer, layer.axes.index(axis)))
         self.macs.append((times, tuple(factors)))
+
+
+def positive(axis: int, rank: int) -> int:
+    """Return an axis counted from the front."""
+    return axis % rank if rank else 0
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -151,7 +163,7 @@ def align(
     shape: tuple[int, ...],
     *,
     statistic: str | None = None,
-    zero: Callable[[dict[int, bool]], bool] | None = None,
+    zero: Zero | None = None,
 ) -> Labels:
     """Unite the axes of the operands that bear one name, and return the labels of the output.
 
@@ -244,8 +256,7 @@ def _out_layers(
     for name, entry in chosen.items():
         if entry.owned or name not in outer:
             axes = tuple(out.index(x) for x in entry.names)
-            layer = Layer(entry.names and axes, entry.layer.ids, zeros[name])
-            layers.append(place(layer, axes, call.channels))
+            layers.append(place(Layer(axes, entry.layer.ids, zeros[name]), axes, call.channels))
     return tuple(layers)
 
 

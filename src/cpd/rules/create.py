@@ -7,9 +7,24 @@ from .base import Call, rule
 
 
 @rule(
-    "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
-    "new_ones", "new_full", "new_empty", "rand", "randn", "rand_like", "randn_like", "scalar_tensor",
-)  # fmt: skip
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "scalar_tensor",
+)
 def uniform(call: Call) -> Labels:
     """The same (or equally distributed) everywhere. Its literal size follows what it meets: see
     `Size`.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..labels import Labels, reshape
-from .base import Call, Named, align, rule
+from .base import Call, Named, Zero, align, rule
 
 
-def _affine_zero(first: int, count: int):
+def _affine_zero(first: int, count: int) -> Zero:
     """Dead channels come out as zero only where scale and shift are there and zero."""
     return lambda flags: count > 0 and all(flags.get(first + k, False) for k in range(count))
 
@@ -69,4 +69,4 @@ def softmax(call: Call) -> Labels:
     axis = call.args["dim"] % len(x.shape)
     call.statistic(x, axis, "softmax over channels")
     names = [f"d{k}" for k in range(len(x.shape))]
-    return align(call, [(x, names)], names, call.shape, zero=lambda flags: False)
+    return align(call, [(x, names)], names, call.shape, zero=lambda _: False)

@@ -18,9 +18,24 @@ _PROBED: dict[Any, bool] = {}  # facts about operators, the same for every netwo
 
 
 @rule(
-    "pointwise", "dropout", "feature_dropout", "alpha_dropout", "native_dropout", "to", "_to_copy", "contiguous",
-    "clone", "alias", "detach", "type_as", "copy", "lift_fresh_copy", "lift_fresh", "fill", "prelu",
-)  # fmt: skip
+    "pointwise",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "native_dropout",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "type_as",
+    "copy",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "fill",
+    "prelu",
+)
 def pointwise(call: Call) -> Labels:
     """y[i] = f(a[i], b[i], ...)."""
     tensors = [(name, value) for name, value in call.args.items() if isinstance(value, Labels)]
@@ -72,7 +87,7 @@ def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: flo
     for name, zero in zip(tensors, zeros, strict=True):
         args[name] = torch.full((1,), 0.0 if zero else value)
     names = [argument.name for argument in call.target._schema.arguments]
-    positional = {n: a for n, a in zip(names, call.target._schema.arguments, strict=True)}
+    positional = dict(zip(names, call.target._schema.arguments, strict=True))
     plain = [args[n] for n in names if n in args and not positional[n].kwarg_only]
     keyword = {n: args[n] for n in names if n in args and positional[n].kwarg_only}
     try:

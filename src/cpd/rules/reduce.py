@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..labels import Labels
+from ..labels import Labels, Layer
 from .base import Call, align, rule
 
 
 @rule(
-    "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm",
-    "logsumexp", "prod", "max", "min", "any", "all", "argmax", "argmin", "median",
-)  # fmt: skip
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "linalg_vector_norm",
+    "norm",
+    "logsumexp",
+    "prod",
+    "max",
+    "min",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "median",
+)
 def reduction(call: Call) -> Labels | list[Labels]:
-    """y = reduce(x, dims). A sum of zeros is exact; everything else over channels is a statistic."""
+    """y = reduce(x, dims). A sum of zeros is exact; all else over channels is a statistic."""
     x = call.args["self"]
     if isinstance(call.args.get("other"), Labels):
         names = [f"d{k}" for k in range(len(call.shape), 0, -1)]
         other = call.args["other"]
         operands = [(t, names[len(names) - len(t.shape) :]) for t in (x, other)]
-        return align(call, operands, names, call.shape, zero=lambda flags: False)
+        return align(call, operands, names, call.shape, zero=lambda _: False)
     rank = len(x.shape)
     dims = call.args.get("dim")
     given = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
@@ -28,7 +45,7 @@ def reduction(call: Call) -> Labels | list[Labels]:
     keep = bool(call.args.get("keepdim", False)) and dims is not None
     out = [n if k not in gone else f"one{k}" for k, n in enumerate(names) if keep or k not in gone]
     why = None if call.op == "sum" else f"{call.op} over channels"
-    zero = None if call.op in ("mean", "sum") else (lambda flags: False)
+    zero = None if call.op in ("mean", "sum") else (lambda _: False)
     results = [
         align(call, [(x, names)], out, shape, statistic=why, zero=zero) for shape in call.out
     ]
@@ -36,12 +53,30 @@ def reduction(call: Call) -> Labels | list[Labels]:
 
 
 @rule(
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d",
-    "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
-    "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d",
-)  # fmt: skip
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_pool2d_with_indices",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_linear1d",
+    "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact2d",
+)
 def pool(call: Call) -> Labels | list[Labels]:
     """Runs over the last one, two or three axes; channels pass."""
     x = call.args["input"] if "input" in call.args else call.args["self"]
@@ -53,7 +88,7 @@ def pool(call: Call) -> Labels | list[Labels]:
     return results if len(results) > 1 else results[0]
 
 
-def _passing(call: Call, x: Labels, gone: Sequence[int]) -> tuple:
+def _passing(call: Call, x: Labels, gone: Sequence[int]) -> tuple[Layer, ...]:
     kept = []
     for layer in x.layers:
         if not set(layer.axes) & set(gone):

@@ -1,0 +1,252 @@
+"""Parts: joining tensors along an axis, and taking parts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..labels import Labels, Layer, reshape, squeeze_constant
+from .base import Call, Zero, align, positive, rule
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Labels:
+    """Ids of the parts one after the other; all other axes unite."""
+    tensors = [x for x in call.args["tensors"] if x.shape != (0,)]
+    rank = len(call.shape)
+    axis = positive(call.args.get("dim", 0), rank)
+    names = [f"d{k}" for k in range(rank)]
+    operands = []
+    for number, x in enumerate(tensors):
+        own = [name if k != axis else f"part{number}" for k, name in enumerate(names)]
+        operands.append((_without(x, axis), own))
+    rest = align(call, operands, names, call.shape, zero=_all_zero(len(tensors)))
+    if not any(x.carries(axis) for x in tensors):
+        return rest
+    coupled = any(len(e.axes) > 1 and axis in e.axes for x in tensors for e in x.layers)
+    joined = _joined_rows(call, tensors, axis, rest) if coupled else _joined(call, tensors, axis)
+    return rest if joined is None else replace(rest, layers=(*rest.layers, joined))
+
+
+def _all_zero(count: int) -> Zero:
+    return lambda flags: len(flags) == count and all(flags.values())
+
+
+def _without(labels: Labels, axis: int) -> Labels:
+    """Forget the layers that one axis takes part in: `cat` joins them itself."""
+    return replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes))
+
+
+def _joined(call: Call, tensors: list[Labels], axis: int) -> Layer:
+    found = [x.owned(axis) for x in tensors]
+    ids = []
+    for x, layer in zip(tensors, found, strict=True):
+        if layer is None:
+            part = call.channels.new(x.shape[axis])
+            call.freeze(part, "concatenated with channels of fixed number")
+        else:
+            part = layer.ids
+        ids.append(part)
+    zero = all(e.zero for e in found if e is not None)
+    return Layer((axis,), np.concatenate(ids), zero)
+
+
+def _joined_rows(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> Layer | None:
+    """Concatenate coupled axes: whole rows stay together, the parts keep their widths."""
+    rows: list[Layer] = []
+    for layer in (e for x in tensors for e in x.layers if axis in e.axes):
+        if layer.owner != axis:
+            call.freeze(layer.ids, "concatenated along an outer axis")
+        elif len(layer.axes) == 1:
+            call.freeze(layer.ids, "concatenated with coupled rows")
+        else:
+            call.channels.freeze_inner(layer.ids, call.reason("concatenated inside coupled rows"))
+            rows.append(Layer(layer.axes[:-1], call.channels.rows(layer.ids), zero=False))
+    same = len({e.axes for e in rows}) == 1 and len(rows) == len(tensors)
+    if not same or len(rows[0].axes) > 1 or rest.owned(rows[0].owner) is not None:
+        for e in rows:
+            call.freeze(e.ids, "concatenated with rows of fixed number")
+        return None
+    for e in rows[1:]:
+        call.channels.unite(rows[0].ids, e.ids)
+    return rows[0]
+
+
+@rule("stack")
+def stack(call: Call) -> Labels:
+    """A new axis; all others unite."""
+    rank = len(call.shape)
+    axis = positive(call.args.get("dim", 0), rank)
+    names = [f"d{k}" for k in range(rank)]
+    inner = [n for k, n in enumerate(names) if k != axis]
+    tensors = call.args["tensors"]
+    return align(
+        call, [(x, inner) for x in tensors], names, call.shape, zero=_all_zero(len(tensors))
+    )
+
+
+def _slice(call: Call, x: Labels, axis: int, start: int, stop: int, step: int = 1) -> Labels:
+    layers = []
+    for layer in x.layers:
+        if axis in layer.axes:
+            position = layer.axes.index(axis)
+            index = [slice(None)] * layer.ids.ndim
+            index[position] = slice(start, stop, step)
+            layer = squeeze_constant(layer.axes, layer.ids[tuple(index)], layer.zero)
+            if not layer.axes:
+                continue
+            call.channels.nest(layer.ids)
+        layers.append(layer)
+    length = len(range(*slice(start, stop, step).indices(x.shape[axis])))
+    shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
+    return Labels(shape, tuple(layers), x.uniform)
+
+
+@rule("slice", "narrow")
+def slice_(call: Call) -> Labels:
+    """A run of one axis. Its bounds are literal sizes that follow what is left before them."""
+    x = call.args["self"]
+    axis = positive(call.args.get("dim", 0), len(x.shape))
+    size = x.shape[axis]
+    if call.op == "narrow":
+        start, step = call.args["start"] % size, 1
+        stop = start + call.args["length"]
+    else:
+        given = (call.args.get("start"), call.args.get("end"), call.args.get("step", 1))
+        start, stop, step = slice(*given).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return x
+    if step != 1:
+        call.freeze_axis(x, axis, "every n-th channel is taken")
+        call.freeze_indices(x, axis, "every n-th row is taken")
+    out = _slice(call, x, axis, start, stop, step)
+    _keep_one(call, x, axis, [(0, start), (start, stop), (stop, size)])
+    if call.op == "slice":
+        _bound(call, "start", start, x, axis)
+        if stop < size:
+            _bound(call, "end", stop, x, axis)
+    return out
+
+
+def _bound(call: Call, arg: str, bound: int, x: Labels, axis: int) -> None:
+    if bound > 0 and x.carries(axis):
+        call.size(arg, None, bound, _slice(call, x, axis, 0, bound), axis)
+
+
+def _keep_one(call: Call, x: Labels, axis: int, runs: Sequence[tuple[int, int]]) -> None:
+    """Parts addressed one by one can shrink but never vanish."""
+    layer = x.at(axis, call.channels)
+    if layer is None:
+        return
+    for start, stop in runs:
+        if stop > start:
+            call.channels.keep_one(layer.ids[..., start:stop])
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+def split(call: Call) -> list[Labels]:
+    """Parts of one axis. Parts of equal size stay equal, since code often computes them from the
+    whole.
+    """
+    x = call.args["self"]
+    axis = positive(call.args.get("dim", 0), len(x.shape))
+    lengths = [shape[axis] for shape in call.out]
+    ends = np.cumsum([0, *lengths])
+    runs = list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+    parts = [_slice(call, x, axis, start, stop) for start, stop in runs]
+    _keep_one(call, x, axis, runs)
+    if x.carries(axis) and call.op != "split_with_sizes":
+        if len(set(lengths)) == 1:
+            _balance(call, x, axis, len(lengths))
+        else:
+            call.freeze_indices(x, axis, "split in parts of unequal size")
+    if call.op == "split_with_sizes":
+        for index, (old, part) in enumerate(zip(lengths, parts, strict=True)):
+            call.size("split_sizes", index, old, part, axis)
+    elif call.op in ("split", "unsafe_split"):
+        call.size("split_size", None, lengths[0], parts[0], axis)
+    return parts
+
+
+def _balance(call: Call, x: Labels, axis: int, parts: int) -> None:
+    layer = x.at(axis, call.channels)
+    if layer is None:
+        return
+    ids = layer.ids.reshape(*layer.ids.shape[:-1], parts, -1)
+    call.channels.nest(ids)
+    for part in np.moveaxis(ids, -2, 0):
+        call.channels.keep_one(part)
+
+
+@rule("select")
+def select(call: Call) -> Labels:
+    """One index of an axis. Rows addressed one by one can shrink but never vanish."""
+    x = call.args["self"]
+    axis = positive(call.args["dim"], len(x.shape))
+    return _selected(call, x, axis, call.args["index"] % x.shape[axis])
+
+
+@rule("unbind")
+def unbind(call: Call) -> list[Labels]:
+    """All indices of an axis, one by one."""
+    x = call.args["self"]
+    axis = positive(call.args.get("dim", 0), len(x.shape))
+    return [_selected(call, x, axis, k) for k in range(x.shape[axis])]
+
+
+def _selected(call: Call, x: Labels, axis: int, index: int) -> Labels:
+    layer = x.at(axis, call.channels)
+    if layer is not None:
+        call.freeze(layer.ids, "rows are addressed one by one")
+    part = _slice(call, x, axis, index, index + 1)
+    shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+    return reshape(part, shape, call.channels)
+
+
+@rule("index")
+def index(call: Call) -> Labels:
+    """Indexing by data: the indexed axes are fixed, the others move on."""
+    x, indices = call.args["self"], call.args["indices"]
+    used = [k for k, i in enumerate(indices) if i is not None]
+    for axis in used:
+        call.freeze_axis(x, axis, "indexed by data")
+        call.freeze_indices(x, axis, "indexed by data")
+        call.freeze_all(indices[axis], "an index tensor is data")
+    width = max(len(indices[axis].shape) for axis in used)
+    together = used == list(range(used[0], used[0] + len(used)))
+    at = used[0] if together else 0
+    rest = [k for k in range(len(x.shape)) if k not in used]
+    moved = {old: (new if new < at else new + width) for new, old in enumerate(rest)}
+    layers = tuple(
+        Layer(tuple(moved[a] for a in e.axes), e.ids, e.zero)
+        for e in x.layers
+        if not set(e.axes) & set(used)
+    )
+    for layer in x.layers:
+        if set(layer.axes) & set(used) and layer.owner not in used:
+            call.freeze(layer.ids, "indexed by data")
+    return Labels(call.shape, layers)
+
+
+@rule("embedding")
+def embedding(call: Call) -> Labels:
+    """Rows of a table by index: the table's rows are fixed, its columns move on."""
+    w, indices = call.args["weight"], call.args["indices"]
+    call.freeze_all(indices, "an index tensor is data")
+    call.freeze_axis(w, 0, "indexed by data")
+    layer = w.owned(1)
+    rank = len(call.shape)
+    return Labels(call.shape, () if layer is None else (replace(layer, axes=(rank - 1,)),))
+
+
+@rule("index_select")
+def index_select(call: Call) -> Labels:
+    """Entries of one axis by data."""
+    x = call.args["self"]
+    axis = positive(call.args["dim"], len(x.shape))
+    call.freeze_axis(x, axis, "indexed by data")
+    call.freeze_indices(x, axis, "indexed by data")
+    call.freeze_all(call.args["index"], "an index tensor is data")
+    return Labels(call.shape, tuple(e for e in x.layers if axis not in e.axes))
