@@ -71,12 +71,14 @@ class Shell:
         """
         from cpd import exporters
         from cpd.plan import Plan
+        from cpd.verify import inputs_like
 
         source = _noted(Path(folder), model, model_args)
         network = exporters.load(folder, _made(source))
         plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
         path = Path(to) if to is not None else Path(folder) / "model.onnx"
-        exporters.onnx(network, plan.example_inputs(), path, dynamic_batch=dynamic_batch)
+        args, kwargs = inputs_like(plan)
+        exporters.onnx(network, kwargs or args, path, dynamic_batch=dynamic_batch)
         self.console.print(f"{path}: {path.stat().st_size:,} bytes, checked against PyTorch")
 
     def bench(
@@ -137,7 +139,7 @@ class Shell:
     def prune(
         self,
         model: str,
-        target: str,
+        target: str = "macs=0.5",
         model_args: dict[str, Any] | None = None,
         input_shape: str | list[int] | None = None,
         weights: str | None = None,

@@ -68,14 +68,14 @@ class Source:
             return torch.randn(batch, 3, *_square(self.args.get("image_size", 224)))
         if library == "timm":
             return torch.randn(batch, *_timm_shape(model, self.args))
-        dummy = getattr(model, "dummy_inputs", None)
-        if isinstance(dummy, Mapping):
+        if library == "hf" and getattr(model, "main_input_name", "") == "pixel_values":
+            config: Any = model.config
+            sizes = _square(getattr(config, "image_size", 224))
+            pixels = torch.randn(batch, getattr(config, "num_channels", 3), *sizes)
+            return {"pixel_values": pixels}
+        dummy: Any = getattr(model, "dummy_inputs", None)
+        if library == "hf" and isinstance(dummy, Mapping):
             return dict(dummy)
-        config: Any = getattr(model, "config", None)
-        if library == "hf" and hasattr(config, "image_size"):
-            channels = getattr(config, "num_channels", 3)
-            size = _square(config.image_size)
-            return {"pixel_values": torch.randn(batch, channels, *size)}
         raise InputError(f"which inputs does {self.spec} take? Give --input_shape, e.g. 3,224,224")
 
 
@@ -132,17 +132,20 @@ def _unknown(library: str, name: str, valid: list[str]) -> UnknownName:
 
 
 def _from_hf(name: str, args: dict[str, Any]) -> nn.Module:
-    """A network of random weights from a kind of model, a configuration file, or a hub's name."""
+    """A network of random weights: from a kind of model, a file, or a hub's OWNER/NAME."""
     _torchvision.ensure()
     import transformers
 
-    if name in transformers.CONFIG_MAPPING and not Path(name).exists():
+    kinds = list(transformers.CONFIG_MAPPING.keys())
+    if name in kinds:
         config = transformers.AutoConfig.for_model(name, **args)
+    elif not Path(name).exists() and ("/" not in name or name.endswith(".json")):
+        raise _unknown("transformers", name, kinds)
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(name, **args)
         except OSError as error:
-            raise InputError(f"hf:{name} is no kind of model and no configuration") from error
+            raise InputError(f"cannot read the configuration hf:{name}: {error}") from error
     for head in ("ImageClassification", "SequenceClassification"):
         shelf = getattr(transformers, f"MODEL_FOR_{_snake(head)}_MAPPING")
         if type(config) in shelf:

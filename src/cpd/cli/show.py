@@ -40,21 +40,18 @@ class Bars(Callback):
             Progress,
             TextColumn,
             TimeElapsedColumn,
-            TimeRemainingColumn,
         )
 
         self.progress: Progress = Progress(
-            TextColumn("{task.description:<16}"),
-            BarColumn(),
+            TextColumn("{task.description:<15}"),
+            BarColumn(bar_width=14),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
         )
         self.tasks: dict[str, Any] = {}
-        self.metrics = ""
-        self.costs = ""
+        self.notes: dict[str, str] = {}
 
     def __enter__(self) -> Bars:
         """Begin to draw."""
@@ -71,29 +68,33 @@ class Bars(Callback):
             self.tasks[name] = self.progress.add_task(title, total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, total=total, note=note)
 
+    def _note(self) -> str:
+        """The newest numbers; the last told come first, as a narrow screen cuts off the rest."""
+        return " ".join(f"{name} {value}" for name, value in reversed(self.notes.items()))
+
     def on_start(self, state: State) -> None:
         """A new bar."""
-        self.metrics = self.costs = ""
+        self.notes = {}
         self._update(state.stage, state.step, state.total)
 
     def after_step(self, state: State) -> None:
         """The bar grows."""
-        note = f"loss {state.losses['total']:.4f}  {self.metrics}  {self.costs}"
-        self._update(state.stage, state.step, state.total, note)
+        self.notes["loss"] = f"{state.losses['total']:.3f}"
+        self._update(state.stage, state.step, state.total, self._note())
 
     def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:
         """The newest metrics stand next to the bar."""
-        self.metrics = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        note = f"loss {state.losses.get('total', 0.0):.4f}  {self.metrics}  {self.costs}"
-        self._update(state.stage, state.step, state.total, note)
+        first = next(iter(metrics), None)
+        if first is not None:
+            self.notes[first] = f"{metrics[first]:.3f}"
+        self._update(state.stage, state.step, state.total, self._note())
 
     def on_event(self, name: str, details: dict[str, Any]) -> None:
         """A line, a bar of its own, or a note."""
         if name == "bench":
             self._update(name, details["done"], details["of"])
         elif name == "prune":
-            told = ", ".join(f"{cost} {share:.0%}" for cost, share in details["shares"].items())
-            self.costs = f"event {details['done']}/{details['of']}: {told}"
+            self.notes |= {cost: f"{share:.0%}" for cost, share in details["shares"].items()}
         elif name == "export":
             self.progress.console.print(f"export to ONNX: {details['network']}")
         elif name in SAID:

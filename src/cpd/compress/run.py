@@ -30,6 +30,7 @@ from cpd.distill import (
     snapshot,
 )
 from cpd.distill.callbacks import Callbacks
+from cpd.distill.optim import try_out
 from cpd.errors import InputError, VerifyError
 from cpd.groups import Groups
 from cpd.plan import Plan
@@ -116,6 +117,9 @@ class Run:
         self.task = task_shelf.resolve(config.task)
         self.losses = loss_shelf.resolve(config.losses)
         self.importance = importance_shelf.resolve(config.importance)
+        for stage in (config.base, config.prune, config.recover):
+            if stage is not None:
+                try_out(model, stage.optimizer, stage.schedule)
         self.teacher = teacher
         first = next(model.parameters(), None)
         self.home = torch.device("cpu") if first is None else first.device

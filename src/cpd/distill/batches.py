@@ -90,9 +90,11 @@ def unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 
 
 def examples(source: Any, rows: int = 2) -> Any:
-    """The inputs of the first samples of a source, as a network is called: tensor, tuple or dict."""
+    """The inputs of the first samples of a source, as a network is called."""
     batch = next(iter(Batches(source, rows, seed=0, train=False).epoch(0)))
-    args, kwargs, _ = unpack(_mapped(batch, lambda tensor: tensor[:rows] if tensor.ndim else tensor))
+    args, kwargs, _ = unpack(
+        _mapped(batch, lambda tensor: tensor[:rows] if tensor.ndim else tensor)
+    )
     if kwargs:
         return kwargs
     return args[0] if len(args) == 1 else args

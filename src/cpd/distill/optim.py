@@ -12,7 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from cpd.errors import InputError, UnknownName
 
-__all__ = ["Schedule", "build_optimizer", "optimizers", "schedules"]
+__all__ = ["Schedule", "build_optimizer", "optimizers", "schedules", "try_out"]
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
 
@@ -81,6 +81,17 @@ def build_optimizer(model: nn.Module, spec: Any, *, norm_decay: bool = True) -> 
     name, options = _split("optimizer", spec, kinds)
     optimizer: Optimizer = _made("optimizer", name, kinds[name], parameters, **options)
     return optimizer
+
+
+def try_out(model: nn.Module, optimizer: Any, schedule: Any) -> None:
+    """Meet a wrong name or option now rather than when a later stage begins.
+
+    Raises:
+        UnknownName, InputError: as ``build_optimizer`` and ``Schedule`` do.
+    """
+    made = build_optimizer(model, optimizer) if not callable(optimizer) else None
+    if made is not None and not callable(schedule):
+        Schedule(made, schedule, steps=2, epoch=1, warmup=0)
 
 
 class Schedule:

@@ -1,0 +1,321 @@
+"""The shell: names become networks, flags and YAML are one, and errors are one clean line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import house
+from cpd import errors
+from cpd.cli import main
+from cpd.cli.flags import parser, settings
+from cpd.cli.models import Source, named
+from cpd.compress import CompressConfig
+
+RECIPES = sorted((house.ROOT / "recipes").glob("*.yaml"))
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def small(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, 4))
+
+
+def nothing_but_a_number() -> int:
+    return 3
+
+
+# --- names
+
+
+def test_comb_shows_groups_and_what_stays(capsys):
+    code = run("comb", "test_cli:small", "--model_args.width", 6, "--input_shape", "3,8,8")
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert "1 coupling group" in shown
+    assert "6 channels" in shown
+    assert "model output" in shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["timm:test_resnet", "--model_args.in_chans", "1"],
+        ["torchvision:squeezenet1_1"],
+        [
+            *["hf:vit", "--model_args.hidden_size", "16", "--model_args.num_hidden_layers", "1"],
+            *["--model_args.num_attention_heads", "2", "--model_args.intermediate_size", "24"],
+            *["--model_args.image_size", "32"],
+        ],
+    ],
+)
+def test_comb_knows_libraries(capsys, words):
+    assert run("comb", *words) == 0
+    assert "coupling groups" in capsys.readouterr().out
+
+
+def test_shapes_of_inputs():
+    made = Source("timm:test_vit", {"img_size": 32, "in_chans": 1})
+    assert made.inputs(made(), None).shape == (2, 1, 32, 32)
+    assert made.inputs(made(), [3, 4]).shape == (2, 3, 4)
+    assert Source("hf:distilbert", {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 8})
+    with pytest.raises(errors.InputError, match="--input_shape"):
+        Source("test_cli:small").inputs(small(), None)
+    for shape in ("3,a", "", "0,3"):
+        with pytest.raises(errors.InputError, match="--input_shape"):
+            made.inputs(small(), shape)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("resnet50", "timm:NAME"),
+        ("timm:resnet5", "did you mean 'resnet5"),
+        ("torchvision:resnet5", "did you mean 'resnet50'"),
+        ("hf:vitt", "did you mean 'vit'"),
+        ("hf:no/such.json", "network of transformers"),
+        ("cpd:nothing", "network of cpd"),
+        ("no.such.module:make", "cannot import"),
+        ("test_cli:nothing", "has no 'nothing'"),
+        ("test_cli:RECIPES", "cannot make"),
+        ("test_cli:nothing_but_a_number", "not a network"),
+    ],
+)
+def test_names_that_mean_nothing(capsys, spec, text):
+    assert run("comb", spec) == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+
+
+def test_objects_by_name():
+    assert named("data", "digits") == "digits"
+    assert named("data", {"digits": {"size": 8}}) == {"digits": {"size": 8}}
+    assert named("data", "two_processes:Split").num_classes == 4
+    assert named("importance", "test_cli:small").__name__ == "small"
+    assert isinstance(named("teacher", {"test_cli:small": {"width": 3}}), nn.Sequential)
+    assert named("losses", {"kd": {"weight": 1}, "dist": None})["kd"] == {"weight": 1}
+
+
+def test_debug_shows_where_an_error_came_from():
+    with pytest.raises(errors.InputError):
+        run("comb", "resnet50", "--debug")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["comb", "--help"], ["compress", "--help"]])
+def test_help(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        run(*words)
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: cpd" in shown
+    assert "object at" not in shown
+
+
+def test_every_key_has_a_help_text():
+    texts = {action.dest: action.help for action in parser()._actions}
+    for name in ("target", "interval", "recover.warmup", "prune.clip", "bench.runs", "seed"):
+        assert len(texts[name]) > 5, name
+    from dataclasses import fields
+
+    assert {item.name for item in fields(CompressConfig)} <= set(texts)
+
+
+def test_unknown_commands_and_flags(capsys):
+    for words in (["shrink"], ["comb", "test_cli:small", "--colour", "red"]):
+        with pytest.raises(SystemExit) as caught:
+            run(*words)
+        assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# --- flags and YAML
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: test_cli:small\ndata: two_processes:Split\ntarget: macs=0.5\n"
+        "losses: {kd: {weight: 2.0, temperature: 4.0}}\n"
+        "recover: {epochs: 2, optimizer: {name: SGD, lr: 1e-2}}\n"
+    )
+    return str(path)
+
+
+def test_flags_win_however_deep(recipe):
+    found = settings(
+        [
+            *[recipe, "--target", "macs=0.3", "--losses.kd.weight=3", "--recover.optimizer.lr"],
+            *["1e-3", "--base.epochs", "4", "--exact", "--ignore", "[head]", "--onnx", "false"],
+            *["--prune.optimizer.lr", "0.5", "--teacher", "null", "--model_args.width", "6"],
+        ]
+    )
+    assert found["target"] == "macs=0.3"
+    assert found["losses"] == {"kd": {"weight": 3, "temperature": 4.0}}
+    assert found["recover"]["optimizer"] == {"name": "SGD", "lr": 0.001}
+    assert found["recover"]["epochs"] == 2
+    assert found["base"]["epochs"] == 4
+    assert found["exact"] is True
+    assert found["onnx"] is False
+    assert found["ignore"] == ["head"]
+    assert found["prune"]["optimizer"] == {"name": "SGD", "lr": 0.5, "momentum": 0.9}
+    assert found["teacher"] is None
+    assert found["model_args"] == {"width": 6}
+
+
+def test_names_become_mappings_where_a_flag_goes_inside(recipe):
+    words = [recipe, "--losses", "dist", "--losses.dist.weight", "2"]
+    words += ["--recover.optimizer", "AdamW", "--recover.optimizer.lr", "0.1"]
+    found = settings(words)
+    assert found["losses"] == {"dist": {"weight": 2}}
+    assert found["recover"]["optimizer"] == {"name": "AdamW", "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--recover.epoch", "3"], "did you mean 'epochs'"),
+        (["--targets", "macs=0.3"], "did you mean 'target'"),
+        (["--min_keep", "lots"], "min_keep"),
+        (["--seed.x", "1"], "has no keys"),
+        (["--target", "macs=2"], "at most 1"),
+        (["stray"], "cannot read"),
+        (["--seed", "1", "stray"], "no flag"),
+        (["--model", "null"], "model is missing"),
+    ],
+)
+def test_bad_flags(recipe, words, text, capsys):
+    assert run("compress", recipe, *words) == 2
+    shown = capsys.readouterr().err
+    assert text in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1", ""])
+def test_files_that_are_no_recipe(tmp_path, text, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert run("compress", path) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_valid(path):
+    found = settings([str(path)])
+    config = CompressConfig.of(**found)
+    made = Source(config.model, config.model_args)()
+    assert sum(p.numel() for p in made.parameters()) > 0
+    assert config.output is not None
+
+
+def test_there_are_recipes():
+    assert {path.name for path in RECIPES} >= {"demo.yaml", "digits-resnet.yaml"}
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        "model: test_cli:small\n"
+        "data: test_cli:Data\n"
+        "target: macs=0.5\n"
+        "interval: 2\nevents: 2\n"
+        "recover: {epochs: 1, batch_size: 32}\n"
+        "prune: {batch_size: 32}\n"
+        "bench: {runs: 10, warmup: 1, threads: 1}\n"
+    )
+    out = folder / "out"
+    assert run("compress", path, "--output", out, "--model_args.width", 12) == 0
+    return path, out
+
+
+class Data:
+    """The blobs of the two-process test in float32."""
+
+    def __init__(self):
+        from two_processes import Split
+
+        split = Split()
+        for name in ("train", "val", "test"):
+            x, y = getattr(split, name).tensors
+            setattr(self, name, torch.utils.data.TensorDataset(x.float(), y))
+
+
+def test_compress_ends_with_the_table(artefact, capsys):
+    path, out = artefact
+    assert run("compress", path, "--output", out, "--model_args.width", 12) == 2
+    assert "not empty" in capsys.readouterr().err
+    code = run("compress", path, "--output", out, "--model_args.width", 12, "--resume")
+    shown = capsys.readouterr().out
+    assert code == 0
+    for row in ("top1", "parameters", "MACs", "ONNX file", "latency median", "p90", "p99"):
+        assert row in shown
+    assert "verified" in shown
+
+
+def test_report_bench_and_export_of_an_artefact(artefact, capsys, tmp_path):
+    _, out = artefact
+    (out / "report.html").unlink()
+    assert run("report", out) == 0
+    assert "top1" in capsys.readouterr().out
+    assert (out / "report.html").exists()
+    assert run("bench", out, "--runs", 10, "--warmup", 1, "--threads", 1) == 0
+    assert "latency" in capsys.readouterr().out
+    assert run("export", out, "--to", tmp_path / "again.onnx") == 0
+    assert (tmp_path / "again.onnx").stat().st_size > 1000
+
+
+def test_prune_saves_what_export_reads(tmp_path, capsys):
+    out = tmp_path / "pruned"
+    words = ["--target", "macs=0.5", "--input_shape", "3,8,8", "--output", out]
+    assert run("prune", "test_cli:small", *words) == 0
+    shown = capsys.readouterr().out
+    assert "macs" in shown
+    assert "channels" in shown
+    assert json.loads((out / "manifest.json").read_text())["extra"]["model"] == "test_cli:small"
+    assert run("export", out) == 0
+    assert (out / "model.onnx").exists()
+    assert run("export", out, "--model", "test_cli:small", "--model_args.width", 9) == 2
+
+
+def test_folders_that_are_no_artefact(tmp_path, capsys):
+    for command in ("export", "bench", "report"):
+        assert run(command, tmp_path) == 2
+        shown = capsys.readouterr().err
+        assert "Error" in shown
+        assert "Traceback" not in shown
+    (tmp_path / "report.json").write_text("{}")
+    assert run("report", tmp_path) == 2
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    def absent(*args):
+        raise ModuleNotFoundError("no", name="timm")
+
+    monkeypatch.setattr("cpd.cli._run", absent)
+    assert run("comb", "timm:resnet18") == 2
+    assert "timm" in capsys.readouterr().err
+
+
+def test_interrupting_says_how_to_go_on(monkeypatch, capsys):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpd.cli._run", stopped)
+    assert run("comb", "x:y") == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_running_as_a_module():
+    assert Path(main.__code__.co_filename).with_name("__main__.py").exists()
