@@ -186,7 +186,7 @@ def align(
                 call.channels.freeze_inner(
                     entry.layer.ids, call.reason("meets an axis of fixed size")
                 )
-        for entry in found[1:]:
+        for entry in found:
             _unite(call, _main(found), entry)
     for name, found in entries.items():
         if name not in out and (statistic or not any(flags[name].values())):
