@@ -51,17 +51,17 @@ def comb(
     """
     if unknown not in ("freeze", "error"):
         raise UnknownName("handling of unknown operators", unknown, ("freeze", "error"))
+    ignored = [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
     graph = trace(model, example_inputs)
     reader = Reader(graph, exact=exact, unknown=unknown)
     reader.read()
     _note_unused(model, reader)
-    _freeze_ignored(
-        model, reader, [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
-    )
+    _freeze_ignored(model, reader, ignored)
     pins = pin_queries(reader)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins)
-    groups.options.update(exact=exact, unknown=unknown, ignore=[_name(model, x) for x in ignore])
+    groups.options.update(exact=exact, unknown=unknown, ignore=[_name(model, x) for x in ignored])
+    units.families += _singles(units, _signatures(groups))
     freeze_unfollowed(groups)
     return finish(groups)
 
@@ -157,7 +157,7 @@ def _param_terms(model: nn.Module, reader: Reader) -> Terms:
 def finish(groups: Groups) -> Groups:
     """Form groups of the units that can go, and list what stays with its reasons."""
     units = groups.units
-    families = units.families + _singles(units, _signatures(groups))
+    families = units.families
     closures = [units.closure(np.concatenate(family.clusters).tolist()) for family in families]
     firsts = [np.full(len(closure), closure[0]) for closure in closures]
     empty = [np.empty(0, np.int64)]

@@ -9,16 +9,17 @@ output is spread out again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .graph import Step
 from .groups import Groups
 from .labels import Labels, Mask, alive_mask, axis_size, new_shape
+from .trace import location
 
 
 class Reference(fx.Interpreter):
@@ -33,7 +34,13 @@ class Reference(fx.Interpreter):
             if node.name in groups.trace.tensors:
                 self.labels[node] = groups.labels[groups.trace.tensors[node.name]]
         self.labels.update({step.node: step.out for step in groups.steps})
-        self.watch: Callable[[fx.Node, torch.Tensor], None] | None = None
+        self.watch: Callable[[fx.Node, Any], None] | None = None
+
+    def outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """Return the output tensors for inputs of the traced shapes."""
+        with torch.no_grad():
+            out = self.run_on(args, kwargs)
+        return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 
     def run_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the flat outputs for inputs of the traced shapes."""
@@ -62,14 +69,20 @@ class Reference(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a statistic runs on what is alive."""
         step = self.steps.get(n)
-        if step is None or not step.lossy:
-            return super().run_node(n)
+        lossy = step is not None and step.lossy
+        value = self._statistic(n) if lossy else super().run_node(n)
+        if self.watch is not None:
+            self.watch(n, value)
+        return value
+
+    def _statistic(self, n: fx.Node) -> Any:
+        step = self.steps[n]
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             flat = list(args)
             names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
             for position, node in enumerate(n.args):
-                flat[position] = self._compressed(node, flat[position])
+                flat[position] = self._all_compressed(node, flat[position])
             for size in step.sizes:
                 at = names.index(size.arg)
                 new = axis_size(size.labels, size.axis, self.of_ids)
@@ -79,7 +92,14 @@ class Reference(fx.Interpreter):
                 return [self._spread(y, labels) for y, labels in zip(result, step.out, strict=True)]
             return self._spread(result, step.out)
 
-    def _compressed(self, node: Any, value: Any) -> Any:
+    def _all_compressed(self, nodes: Any, values: Any) -> Any:
+        if isinstance(nodes, list | tuple) and isinstance(values, list | tuple):
+            pairs = zip(nodes, values, strict=True)
+            return [self._all_compressed(node, value) for node, value in pairs]
+        return self.compressed(nodes, values)
+
+    def compressed(self, node: Any, value: Any) -> Any:
+        """Return a node's value without its dead channels."""
         labels = self.labels.get(node) if isinstance(node, fx.Node) else None
         if (
             not isinstance(labels, Labels)
@@ -106,3 +126,62 @@ def _replaced(values: Any, index: int, new: int) -> list[int]:
     result = list(values)
     result[index] = new
     return result
+
+
+def first_difference(
+    reference: Reference,
+    small: nn.Module,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    limit: float,
+    skip: Collection[str] = (),
+) -> str:
+    """Name the first module of a cut network that differs from the masked reference, or "".
+
+    `skip`: modules that may differ, since their outputs are rescaled on purpose.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    handles = [
+        module.register_forward_hook(_keep(outputs, path))
+        for path, module in small.named_modules()
+        if path
+    ]
+    with torch.no_grad():
+        try:
+            small(*inputs[0], **inputs[1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        wanted = _by_module(reference, inputs)
+    for path, value in wanted.items():
+        got = outputs.get(path)
+        if got is None or got.shape != value.shape or path in skip:
+            continue
+        scale = value.abs().max().clamp_min(1e-30)
+        if not float((got - value).abs().max() / scale) <= limit:
+            return path
+    return ""
+
+
+def _keep(outputs: dict[str, torch.Tensor], path: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
+        if isinstance(result, torch.Tensor):
+            outputs.setdefault(path, result.clone())  # a later op may write into it
+
+    return hook
+
+
+def _by_module(
+    reference: Reference, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Return module path -> what the reference has at its last node, without the dead channels."""
+    last = {location(step.node)[0]: step.node for step in reference.groups.steps}
+    paths = {node: path for path, node in last.items() if path}
+    found: dict[str, torch.Tensor] = {}
+
+    def watch(node: fx.Node, value: Any) -> None:
+        if node in paths and isinstance(value, torch.Tensor) and value.is_floating_point():
+            found[paths[node]] = reference.compressed(node, value).clone()
+
+    reference.watch = watch
+    reference.run_on(*inputs)
+    return found

@@ -54,8 +54,9 @@ def transpose(call: Call) -> Labels:
     x = call.args["self"]
     order = list(range(len(x.shape)))
     if call.op == "movedim":
-        moved = torch.empty(call.args["self"].shape, device="meta")
-        order = list(moved.movedim(call.args["source"], call.args["destination"]).dim_order())
+        named = torch.empty([k + 1 for k in order], device="meta")
+        moved = named.movedim(call.args["source"], call.args["destination"])
+        order = [size - 1 for size in moved.shape]
     elif "dim0" in call.args:
         a, b = (positive(call.args[name], len(order)) for name in ("dim0", "dim1"))
         order[a], order[b] = order[b], order[a]
@@ -80,11 +81,12 @@ def expand(call: Call) -> Labels:
 def pad(call: Call) -> Labels:
     """Padded axes are fixed; the others are not touched."""
     x = call.args["self"]
-    for axis, (old, new) in enumerate(zip(x.shape, call.shape, strict=True)):
-        if old != new:
-            call.freeze_axis(x, axis, "padded")
-            call.freeze_indices(x, axis, "padded")
-    kept = tuple(e for e in x.layers if all(x.shape[a] == call.shape[a] for a in e.axes))
+    widths = list(call.args.get("pad") or call.args.get("padding") or ())
+    padded = {len(x.shape) - 1 - k // 2 for k, width in enumerate(widths) if width}
+    for axis in padded:
+        call.freeze_axis(x, axis, "padded")
+        call.freeze_indices(x, axis, "padded")
+    kept = tuple(e for e in x.layers if not padded & set(e.axes))
     zero = call.args.get("value") in (None, 0, 0.0)
     return Labels(call.shape, tuple(replace(e, zero=e.zero and zero) for e in kept))
 
@@ -117,7 +119,6 @@ def pixel_unshuffle(call: Call) -> Labels:
     "repeat_interleave",
     "roll",
     "rot90",
-    "im2col",
     "diagonal",
     "tril",
     "triu",
@@ -127,17 +128,35 @@ def moved(call: Call) -> Labels:
     them.
     """
     x = call.args["self"]
-    if call.op in ("roll", "rot90", "diagonal", "im2col", "tril", "triu"):
+    if any(isinstance(value, Labels) for key, value in call.args.items() if key != "self"):
+        call.freeze_all(x, "moved by data")
+        return Labels(call.shape)
+    if call.op in ("roll", "rot90", "diagonal", "tril", "triu"):
         dims = call.args.get("dims") or range(len(x.shape))
-        if call.op in ("diagonal", "tril", "triu"):
+        if call.op == "diagonal":
+            dims = (call.args.get("dim1", 0), call.args.get("dim2", 1))
+        elif call.op in ("tril", "triu"):
             dims = (-2, -1)
         for axis in (positive(d, len(x.shape)) for d in dims):
-            if x.carries(axis) and (call.op != "im2col" or axis != len(x.shape) - 3):
-                call.freeze_axis(x, axis, "the order of channels matters")
-                call.freeze_indices(x, axis, "the order of channels matters")
+            call.freeze_axis(x, axis, "the order of channels matters")
+            call.freeze_indices(x, axis, "the order of channels matters")
     if call.op in ("tril", "triu"):
         return x
     return _moved(call, x)
+
+
+@rule("im2col")
+def im2col(call: Call) -> Labels:
+    """(c, h, w) -> (c k k, places): the k x k values of one channel go together."""
+    x = call.args["self"]
+    at = len(x.shape) - 3
+    for axis in (at + 1, at + 2):
+        call.freeze_axis(x, axis, "unfolded")
+        call.freeze_indices(x, axis, "unfolded")
+    kept = tuple(e for e in x.layers if max(e.axes) <= at)
+    taps = call.shape[at] // x.shape[at]
+    y = reshape(Labels((*x.shape[: at + 1], taps), kept), call.shape[: at + 1], call.channels)
+    return Labels(call.shape, y.layers)
 
 
 def _moved(call: Call, x: Labels) -> Labels:
