@@ -79,10 +79,14 @@ class CutMultiheadAttention(nn.MultiheadAttention):
     def _heads(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> list[torch.Tensor]:
-        packed: Any = self.in_proj_weight  # None where key or value have widths of their own
-        own = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights: Any = own if packed is None else packed.chunk(3)
-        biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        weights: Any = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        if not self._own_projections():
+            weights = self.in_proj_weight.chunk(3)
+        biases: Any = (
+            [None] * 3
+            if getattr(self, "in_proj_bias", None) is None
+            else self.in_proj_bias.chunk(3)
+        )
         q, k, v = (
             F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
@@ -92,6 +96,10 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
+
+    def _own_projections(self) -> bool:
+        """Say whether query, key and value have weights of their own (kdim or vdim was given)."""
+        return self._parameters.get("in_proj_weight") is None
 
     def _mask(
         self,

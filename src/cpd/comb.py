@@ -51,7 +51,9 @@ def comb(
     """
     if unknown not in ("freeze", "error"):
         raise UnknownName("handling of unknown operators", unknown, ("freeze", "error"))
-    ignored = [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
+    ignored: list[str | nn.Module] = (
+        [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
+    )
     graph = trace(model, example_inputs)
     reader = Reader(graph, exact=exact, unknown=unknown)
     reader.read()
@@ -252,13 +254,13 @@ def _layer_kinds(
     owner = np.full(groups.units.count, -1, np.int64)
     for number, (classes, _) in enumerate(made):
         owner[classes] = number
-    keys: list[set[tuple[str, str, tuple[int, ...]]]] = [set() for _ in made]
+    keys: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in made]
     for _, tensor, layer, classes in _layers(groups):
         path, _, leaf = tensor.rpartition(".")
         key = (type(groups.model.get_submodule(path)).__name__, leaf, layer.axes)
         for number in np.unique(owner[classes]).tolist():
             if number >= 0:
-                keys[number].add(key)
+                keys[number].append(key)
     return [tuple(sorted(key)) for key in keys]
 
 

@@ -14,7 +14,7 @@ from .errors import InputError
 from .groups import Groups
 from .plan import Plan
 from .planning import alive_of
-from .reference import Reference
+from .reference import Reference, first_difference
 from .surgery import rebuild
 from .trace import Inputs, named_tensors, quiet_state, split_inputs
 
@@ -83,19 +83,27 @@ def verify(
     groups = _groups_for(big, plan, args, kwargs)
     zeroed = _zeroed(big, plan)
     exact = bool(plan.options.get("exact"))
-    wanted = _run(zeroed, args, kwargs) if exact else _reference(groups, plan, zeroed, args, kwargs)
+    reference = _reference(groups, plan, zeroed)
+    wanted = _run(zeroed, args, kwargs) if exact else reference.outputs(args, kwargs)
     checks = {
         f"output {k}": _difference(a, b) for k, (a, b) in enumerate(zip(got, wanted, strict=True))
     }
+    checks.update(_one_sample(big, cut_net, got, args, kwargs))
     checks.update(_sizes_agree(cut_net, plan))
-    worst = (
-        max(checks.values(), default=0.0)
-        if not any(v != v for v in checks.values())
-        else float("nan")
-    )
-    where = max(checks, key=lambda name: checks[name], default="") if checks else ""
-    mode = "exact" if exact else "masked statistics"
-    return Proof(worst, _limit(got[0].dtype if got else dtype), mode, where, checks)
+    limit = _limit(got[0].dtype if got else dtype)
+    worst = max((nan_last(value) for value in checks.values()), default=0.0)
+    where = ""
+    if not worst <= limit:
+        name = max(checks, key=lambda key: nan_last(checks[key]))
+        scaled = {tensor.rpartition(".")[0] for tensor in plan.rescale}
+        path = first_difference(reference, cut_net, (args, kwargs), limit, scaled)
+        where = f"{name}, first at module {path!r}" if path else name
+    return Proof(worst, limit, "exact" if exact else "masked statistics", where, checks)
+
+
+def nan_last(value: float) -> float:
+    """Count what is not a number as the largest difference."""
+    return float("inf") if value != value else value
 
 
 def _limit(got_dtype: torch.dtype | None) -> float:
@@ -194,14 +202,37 @@ def _zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     return rebuild(model, tensors, {}).eval()
 
 
-def _reference(
-    groups: Groups, plan: Plan, zeroed: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[torch.Tensor]:
+def _reference(groups: Groups, plan: Plan, zeroed: nn.Module) -> Reference:
     of_ids = alive_of(groups, plan)[groups.units.label]
-    tensors = {name: tensor.detach() for name, tensor in named_tensors(zeroed)}
-    with torch.no_grad():
-        out = Reference(groups, of_ids, tensors).run_on(args, kwargs)
-    return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+    return Reference(groups, of_ids, {name: t.detach() for name, t in named_tensors(zeroed)})
+
+
+def _one_sample(
+    big: nn.Module,
+    small: nn.Module,
+    got: list[torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, float]:
+    """Another batch size: the first sample alone comes out as in the batch, as the original's."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    sizes = {x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.ndim}
+    if len(sizes) != 1 or sizes == {1} or any(x.ndim == 0 or x.shape[0] not in sizes for x in got):
+        return {}
+
+    def first(x: Any) -> Any:
+        return x[:1] if isinstance(x, torch.Tensor) and x.ndim else x
+
+    one_args, one_kwargs = torch.utils._pytree.tree_map(first, (args, kwargs))
+    try:
+        whole, alone = _run(big, args, kwargs), _run(big, one_args, one_kwargs)
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        return {}  # the original takes this batch size only
+    if any(_difference(a, b[:1]) > 1e-3 for a, b in zip(alone, whole, strict=True)):
+        return {}  # the original's samples depend on each other
+    result = _run(small, one_args, one_kwargs)
+    pairs = zip(result, got, strict=True)
+    return {"batch of 1": max(_difference(a, b[:1]) for a, b in pairs)}
 
 
 def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
