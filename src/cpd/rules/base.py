@@ -84,6 +84,14 @@ class Call:
         for layer in labels.layers:
             self.freeze(layer.ids, why)
 
+    def keep_two(self, labels: Labels, axis: int) -> None:
+        """At least two indices of one axis must stay, where the op means something else on one."""
+        layer = labels.at(axis, self.channels)
+        if layer is not None:
+            half = layer.ids.shape[-1] // 2
+            self.channels.keep_one(layer.ids[..., :half])
+            self.channels.keep_one(layer.ids[..., half:])
+
     def statistic(self, labels: Labels, axis: int, why: str) -> None:
         """A value is computed across the channels of `axis`: cutting is then not the same as
         zeroing.

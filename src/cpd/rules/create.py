@@ -1,6 +1,8 @@
-"""Tensors made on the spot. A constant value fits any width; a sequence of numbers does not."""
+"""Tensors made on the spot: as wide as another tensor, or of a fixed size."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ..labels import Labels
 from .base import Call, rule
@@ -26,12 +28,13 @@ from .base import Call, rule
     "scalar_tensor",
 )
 def uniform(call: Call) -> Labels:
-    """The same (or equally distributed) everywhere. Its literal size follows what it meets: see
-    `Size`.
+    """The same (or equally distributed) everywhere. `x_like` has the width of what it is like; a
+    literal size is fixed.
     """
     like = call.args.get("self")
     if call.op.endswith("_like") and isinstance(like, Labels):
-        return Labels(call.shape, uniform=True)
+        zero = call.op == "zeros_like"
+        return Labels(call.shape, tuple(replace(layer, zero=zero) for layer in like.layers))
     return Labels(call.shape)
 
 

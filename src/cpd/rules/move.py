@@ -25,7 +25,11 @@ def _shape_sizes(call: Call, arg: str, out: Labels) -> Labels:
 @rule("view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "reshape_as", "view_as")
 def view(call: Call) -> Labels:
     """The same entries in row-major order."""
-    out = reshape(call.args["self"], call.shape, call.channels)
+    x = call.args["self"]
+    if call.op == "squeeze" and call.args.get("dim") is None:
+        for axis in (k for k, size in enumerate(x.shape) if size > 1):
+            call.keep_two(x, axis)
+    out = reshape(x, call.shape, call.channels)
     for arg in ("size", "shape"):
         _shape_sizes(call, arg, out)
     return out

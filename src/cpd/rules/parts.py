@@ -123,10 +123,11 @@ def slice_(call: Call) -> Labels:
         call.freeze_indices(x, axis, "every n-th row is taken")
     out = _slice(call, x, axis, start, stop, step)
     _keep_one(call, x, axis, [(0, start), (start, stop), (stop, size)])
-    if call.op == "slice":
-        _bound(call, "start", start, x, axis)
-        if stop < size:
-            _bound(call, "end", stop, x, axis)
+    _bound(call, "start", start, x, axis)
+    if call.op == "narrow":
+        call.size("length", None, stop - start, out, axis)
+    elif stop < size:
+        _bound(call, "end", stop, x, axis)
     return out
 
 

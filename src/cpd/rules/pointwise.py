@@ -14,7 +14,7 @@ import torch
 from ..labels import Labels
 from .base import Call, align, rule
 
-_PROBED: dict[Any, bool] = {}  # facts about operators, the same for every network
+_PROBED: dict[Any, bool | None] = {}  # facts about operators, the same for every network
 
 
 @rule(
@@ -45,8 +45,12 @@ def pointwise(call: Call) -> Labels:
         return Labels(call.shape)
     operands = [(value, _names(value, len(call.shape))) for _, value in tensors]
     names = [f"d{k}" for k in range(len(call.shape), 0, -1)]
-    keep = _zero_probe(call, [name for name, _ in tensors])
+    undefined: list[dict[int, bool]] = []
+    keep = _zero_probe(call, [name for name, _ in tensors], undefined)
     labels = align(call, operands, names, call.shape, zero=keep)
+    for flags in undefined:
+        for number in (n for n, zero in flags.items() if zero):
+            call.freeze_all(tensors[number][1], "not finite where channels are zero")
     if all(value.uniform for _, value in tensors):
         return Labels(call.shape, uniform=True)
     return labels
@@ -66,8 +70,11 @@ def _prelu(call: Call) -> Labels:
     return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))
 
 
-def _zero_probe(call: Call, tensors: list[str]) -> Any:
-    """Return a function of zero flags that runs the op with zeros for the zero operands."""
+def _zero_probe(call: Call, tensors: list[str], undefined: list[dict[int, bool]]) -> Any:
+    """Return a function of zero flags that runs the op with zeros for the zero operands.
+
+    Flags for which the result is not finite (0 / 0) are noted in `undefined`.
+    """
 
     def zero(flags: dict[int, bool]) -> bool:
         if not any(flags.values()) or call.target is None:
@@ -76,13 +83,18 @@ def _zero_probe(call: Call, tensors: list[str]) -> Any:
         plain = sorted((k, repr(v)) for k, v in call.args.items() if k not in tensors)
         key = (call.target, zeros, tuple(tensors), tuple(plain))
         if key not in _PROBED:
-            _PROBED[key] = all(_is_zero(call, tensors, zeros, v) for v in (0.7310, -1.2345))
-        return _PROBED[key]
+            found = [_is_zero(call, tensors, zeros, value) for value in (0.7310, -1.2345)]
+            _PROBED[key] = None if None in found else all(found)
+        if _PROBED[key] is None:
+            undefined.append(flags)
+        return bool(_PROBED[key])
 
     return zero
 
 
-def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float) -> bool:
+def _is_zero(
+    call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float
+) -> bool | None:
     args = dict(call.args)
     for name, zero in zip(tensors, zeros, strict=True):
         args[name] = torch.full((1,), 0.0 if zero else value)
@@ -94,4 +106,6 @@ def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: flo
         result = call.target(*plain, **keyword)
     except (RuntimeError, TypeError, IndexError, ValueError):
         return False  # the op cannot be probed on one number: claim nothing
-    return bool((result == 0).all()) if isinstance(result, torch.Tensor) else False
+    if not isinstance(result, torch.Tensor):
+        return False
+    return bool((result == 0).all()) if bool(result.isfinite().all()) else None

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from ..labels import Labels, Layer
 from .base import Call, align, rule
 
+_ZERO_OF_ZEROS = frozenset(
+    "mean sum amax amin var std linalg_vector_norm norm prod max min any all median".split()
+)
+
 
 @rule(
     "mean",
@@ -44,8 +48,11 @@ def reduction(call: Call) -> Labels | list[Labels]:
     names = [f"d{k}" for k in range(rank)]
     keep = bool(call.args.get("keepdim", False)) and dims is not None
     out = [n if k not in gone else f"one{k}" for k, n in enumerate(names) if keep or k not in gone]
+    if call.op.startswith(("var", "std")):
+        for axis in gone:
+            call.keep_two(x, axis)
     why = None if call.op == "sum" else f"{call.op} over channels"
-    zero = None if call.op in ("mean", "sum") else (lambda _: False)
+    zero = None if call.op in _ZERO_OF_ZEROS and len(call.out) == 1 else (lambda _: False)
     results = [
         align(call, [(x, names)], out, shape, statistic=why, zero=zero) for shape in call.out
     ]

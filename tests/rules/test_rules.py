@@ -1,0 +1,422 @@
+"""Each rule alone: cutting what goes into an op, and out of it, is the op on what is left.
+
+A case is one line: the op, and the shapes of what it gets. A negative size is an axis of channels that may go,
+a positive one is fixed; the batch axis comes in front by itself. `W(...)` is a parameter. What the op puts out
+is multiplied by a parameter and summed up to numbers, so every channel that it may lose is there to be lost.
+
+Every case runs twice: with inputs that are zero where a channel is gone, and with inputs that are not (after a
+sigmoid); and each with `exact=True` (against zeroing) and without (against statistics over what is kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from laws import prove, randomised
+from torch import nn
+
+import cpd
+from cpd import rules
+
+BATCH, MIX, READ = 3, 4, 3
+
+
+class W(tuple):
+    """The shape of a parameter among the arguments of a case."""
+
+    def __new__(cls, *shape: int) -> W:
+        return super().__new__(cls, shape)
+
+
+class X(tuple):
+    """The shape of an activation among the arguments of a case."""
+
+    def __new__(cls, *shape: int) -> X:
+        return super().__new__(cls, shape)
+
+
+class Single(nn.Module):
+    """inputs -> activations with ids -> one op -> numbers."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], *, alive: bool) -> None:
+        super().__init__()
+        self.function, self.args, self.alive = function, args, alive
+        self.made = nn.ParameterList()
+        for shape in args:
+            if isinstance(shape, W):
+                self.made.append(nn.Parameter(torch.empty(shape, dtype=torch.float64)))
+            else:
+                full = (MIX, *(-s if s < 0 else 1 for s in shape))
+                self.made.append(nn.Parameter(torch.empty(full, dtype=torch.float64)))
+        self.read = nn.ParameterList()
+        sample = self.results(*[self.example(s) for s in args if isinstance(s, X)])
+        for y in sample:
+            self.read.append(nn.Parameter(torch.empty(READ, *y.shape[1:], dtype=torch.float64)))
+
+    @staticmethod
+    def example(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(BATCH, MIX, *(1 if s < 0 else s for s in shape), dtype=torch.float64)
+
+    def results(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        given, left = [], iter(inputs)
+        for shape, made in zip(self.args, self.made, strict=True):
+            if isinstance(shape, W):
+                given.append(made)
+            else:
+                x = (next(left) * made).sum(1)
+                given.append(torch.sigmoid(x) + 0.2 if self.alive else x)
+        out = self.function(*given)
+        found = list(out) if isinstance(out, tuple | list) else [out]
+        return [y for y in found if y.is_floating_point()]
+
+    def forward(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        numbers = []
+        for y, weight in zip(self.results(*inputs), self.read, strict=True):
+            product = y.unsqueeze(1) * weight
+            numbers.append(product.sum(list(range(2, product.ndim))))
+        return numbers
+
+
+@dataclass
+class Case:
+    """`free`: whether anything may be removed at all without `exact`, and with it."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    free: tuple[bool, bool] = (True, True)
+
+
+def case(name: str, function: Callable[..., Any], *args: Any, free: Any = True) -> Case:
+    return Case(name, function, args, free if isinstance(free, tuple) else (free, free))
+
+
+def inplace_slice(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, :, 1:3] = 2.0 * y[:, :, 1:3]
+    return y
+
+
+def inplace_channels(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, 0:2] = x[:, 2:4] * 3.0
+    return y
+
+
+def inplace_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 1.5
+    z.add_(y)
+    return z * x
+
+
+IMAGE = X(-6, 4, 5)
+TOKENS = X(5, -6)
+HEADS = X(-3, 5, -4)
+
+# fmt: off
+CASES = [
+    # pointwise
+    case("relu", F.relu, IMAGE),
+    case("gelu", F.gelu, TOKENS),
+    case("sigmoid", torch.sigmoid, IMAGE),
+    case("exp", torch.exp, IMAGE),
+    case("cos", torch.cos, IMAGE),
+    case("elu+1", lambda x: F.elu(x) + 1, IMAGE),
+    case("add", torch.add, IMAGE, X(-6, 4, 5)),
+    case("add broadcast", torch.add, IMAGE, X(-6, 1, 1)),
+    case("add other axis", torch.add, X(-6, -6), X(1, -6)),
+    case("add rank", lambda x, w: x + w, TOKENS, W(6)),
+    case("add fixed", torch.add, IMAGE, X(6, 4, 5), free=False),
+    case("mul gate", lambda x, y: x * torch.sigmoid(y), IMAGE, X(-6, 1, 1)),
+    case("div", lambda x, y: x / (y.square() + 1), IMAGE, IMAGE),
+    case("where", lambda x, y: torch.where(x > 0, x, y), IMAGE, IMAGE),
+    case("maximum", torch.maximum, IMAGE, IMAGE),
+    case("max other", lambda x, y: torch.max(x, y), IMAGE, IMAGE),
+    case("clamp", lambda x: x.clamp(-0.5, 0.5), IMAGE),
+    case("masked_fill", lambda x: x.masked_fill(x > 0.3, -2.0), IMAGE),
+    case("prelu one", F.prelu, IMAGE, W(1)),
+    case("prelu", F.prelu, IMAGE, W(6)),
+    case("prelu 2d", F.prelu, X(-6), W(6)),
+    case("glu", lambda x: F.glu(x, 1), X(-8, 3)),
+    case("dropout", lambda x: F.dropout(x, 0.5, training=False), IMAGE),
+    case("dropout2d", lambda x: F.dropout2d(x, 0.5, training=False), IMAGE),
+    case("alpha_dropout", lambda x: F.alpha_dropout(x, 0.5, training=False), IMAGE),
+    case("clone", torch.clone, IMAGE),
+    case("contiguous", lambda x: x.transpose(1, 2).contiguous(), IMAGE),
+    case("to", lambda x: x.to(torch.float32).double().to(torch.float64), IMAGE),
+    case("type_as", lambda x, y: x.type_as(y), IMAGE, TOKENS),
+    case("detach", lambda x: x.detach(), IMAGE),
+    case("lerp", lambda x, y: torch.lerp(x, y, 0.3), IMAGE, IMAGE),
+    case("addcmul", lambda x, y: torch.addcmul(x, x, y), IMAGE, IMAGE),
+    case("pow", lambda x: x.square().pow(1.5), IMAGE),
+    case("fill", lambda x: torch.fill(x, 2.0), IMAGE),
+    case("copy", lambda x, y: torch.ops.aten.copy.default(x, y), IMAGE, IMAGE),
+    # in place
+    case("relu_", lambda x: F.relu_(x * 2.0) * x, IMAGE),
+    case("add_", inplace_add, IMAGE, IMAGE),
+    case("mul_ then view", lambda x: (x * 2.0).mul_(3.0).flatten(1), IMAGE),
+    case("copy_ into space", inplace_slice, IMAGE, free=False),
+    case("copy_ into channels", inplace_channels, IMAGE, free=False),
+    case("fill_", lambda x: (x * 1.0).fill_(2.0) * x, IMAGE),
+    case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE),
+    case("masked_fill_", lambda x: (x * 1.0).masked_fill_(x > 0, 3.0), IMAGE),
+    case("dropout_", lambda x: F.dropout(x * 1.0, 0.5, training=False, inplace=True), IMAGE),
+    # made on the spot
+    case("zeros_like", lambda x: torch.zeros_like(x) + x, IMAGE),
+    case("ones_like", lambda x: torch.ones_like(x) * x, IMAGE),
+    case("full_like", lambda x: torch.full_like(x, 0.7) + x, IMAGE),
+    case("ones_like alone", lambda x: torch.cat([torch.ones_like(x), x], 1), X(-4, 3)),
+    case("new_ones", lambda x: x.new_ones(6, 1, 1) + x, IMAGE, free=False),
+    case("zeros", lambda x: torch.zeros(4, 5, dtype=torch.float64) + x, IMAGE),
+    case("full", lambda x: torch.full((6, 1, 1), 2.0, dtype=torch.float64) * x, IMAGE, free=False),
+    case("arange", lambda x: torch.arange(5, dtype=torch.float64) + x, IMAGE),
+    case("arange channels", lambda x: torch.arange(6, dtype=torch.float64) + x, TOKENS, free=False),
+    case("linspace", lambda x: torch.linspace(0, 1, 5, dtype=torch.float64) * x, IMAGE),
+    case("eye", lambda x: x + torch.eye(6, dtype=torch.float64), X(6, -6), free=False),
+    # moves
+    case("view", lambda x: x.view(BATCH, 3, 2, 4, 5), IMAGE),
+    case("flatten", lambda x: x.flatten(1), IMAGE),
+    case("reshape merge", lambda x: x.reshape(BATCH, -1), X(4, -6)),
+    case("reshape two", lambda x: x.reshape(BATCH, -1), X(-4, -6)),
+    case("reshape across", lambda x: x.reshape(BATCH, 3, 8), X(-4, -6)),
+    case("reshape heads and back", lambda x: x.reshape(BATCH, 5, 3, 2).reshape(BATCH, 5, 6), TOKENS),
+    case("nest", lambda x: x.reshape(BATCH, 5, 3, 4).transpose(2, 3).flatten(2), X(5, -12)),
+    case("shuffle", lambda x: x.view(BATCH, 3, 2, 4, 5).transpose(1, 2).reshape(BATCH, 6, 4, 5), IMAGE),
+    case("shuffle deep", lambda x: x.view(BATCH, 2, 2, 3).permute(0, 3, 1, 2).reshape(BATCH, 12), X(-12)),
+    case("unflatten", lambda x: x.unflatten(1, (3, 2)), IMAGE),
+    case("squeeze", lambda x: x.unsqueeze(1).squeeze(1), IMAGE),
+    case("squeeze all", lambda x: x.unsqueeze(3).squeeze(), IMAGE),
+    case("view_as", lambda x, y: x.view_as(y) + y, X(-6, 4, 5), X(-6, 4, 5)),
+    case("reshape_as", lambda x, y: x.reshape_as(y) + y, X(-6), X(-3, -2)),
+    case("permute", lambda x: x.permute(0, 2, 3, 1), IMAGE),
+    case("transpose", lambda x: x.transpose(1, 2), TOKENS),
+    case("mT", lambda x: x.mT, TOKENS),
+    case("t", lambda x, w: x @ w.t(), TOKENS, W(7, 6)),
+    case("T", lambda x, w: x @ w.T, TOKENS, W(7, 6)),
+    case("swapaxes", lambda x: x.swapaxes(1, 2), TOKENS),
+    case("movedim", lambda x: x.movedim(1, 3), IMAGE),
+    case("movedim three", lambda x: x.movedim((1, 2), (2, 3)), IMAGE),
+    case("movedim one", lambda x: torch.movedim(x, 3, 1), IMAGE),
+    case("expand", lambda x: x.expand(-1, -1, 4, 5), X(-6, 1, 1)),
+    case("expand front", lambda x: x.expand(2, BATCH, 5, 6).transpose(0, 1), TOKENS),
+    case("expand_as", lambda x, y: x.expand_as(y) * y, X(-6, 1, 1), IMAGE),
+    case("expand to channels", lambda x: x.expand(-1, 6, -1), X(1, -5)),
+    case("gqa expand", lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(BATCH, 6, 5, 4), HEADS),
+    case("broadcast_to", lambda x: torch.broadcast_to(x, (BATCH, 6, 4, 5)), X(-6, 1, 1)),
+    case("cat", lambda x, y: torch.cat([x, y], 1), IMAGE, X(-3, 4, 5)),
+    case("cat space", lambda x, y: torch.cat([x, y], 2), IMAGE, X(-6, 2, 5)),
+    case("cat fixed", lambda x, y: torch.cat([x, y], 1), IMAGE, X(2, 4, 5)),
+    case("cat tokens", lambda x, y: torch.cat([x, y], 1), TOKENS, X(1, -6)),
+    case("cat of cats", lambda x, y: torch.cat([torch.cat([x, y], 1), y, x], 1), X(-3, 2), X(-2, 2)),
+    case("cat rows", lambda x, y: torch.cat([x.unflatten(1, (3, 2)), y.unflatten(1, (3, 2))], 2), X(-6), X(-6)),
+    case("cat heads", lambda x, y: torch.cat([x, y], 1), HEADS, X(-2, 5, -4)),
+    case("cat dims", lambda x, y: torch.cat([x, y], 3), HEADS, X(-3, 5, -2)),
+    case("cat negated half", lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1), HEADS),
+    case("stack", lambda x, y: torch.stack([x, y], 1), IMAGE, IMAGE),
+    case("stack last", lambda x, y: torch.stack([x, y], -1), TOKENS, TOKENS),
+    case("stack then flatten", lambda x, y: torch.stack([x, y], 2).flatten(1), X(-6), X(-6)),
+    case("split", lambda x: x.split(2, 1), IMAGE),
+    case("split uneven", lambda x: x.split(4, 1), IMAGE),
+    case("split sizes", lambda x: x.split([1, 2, 3], 1), IMAGE),
+    case("chunk", lambda x: x.chunk(3, 1), IMAGE),
+    case("chunk uneven", lambda x: x.chunk(4, 1), X(-7, 3)),
+    case("chunk product", lambda x: torch.mul(*x.chunk(2, 1)), IMAGE),
+    case("tensor_split", lambda x: x.tensor_split(3, 1), IMAGE),
+    case("unsafe_chunk", lambda x: x.unsafe_chunk(3, 1), IMAGE),
+    case("unsafe_split", lambda x: x.unsafe_split(2, 1), IMAGE),
+    case("slice", lambda x: x[:, 1:4], IMAGE),
+    case("slice step", lambda x: x[:, ::2], IMAGE, free=False),
+    case("slice space", lambda x: x[:, :, ::2], IMAGE),
+    case("slice heads", lambda x: x[:, 1:], HEADS),
+    case("slice both", lambda x: x[:, :4] * x[:, 2:], IMAGE),
+    case("narrow", lambda x: x.narrow(1, 2, 3), IMAGE),
+    case("select", lambda x: x[:, 2], IMAGE, free=False),
+    case("select space", lambda x: x[:, :, 0], IMAGE),
+    case("select last space", lambda x: x[..., -1], IMAGE),
+    case("select head dim", lambda x: x[:, 1], HEADS),
+    case("unbind", lambda x: x.unbind(1), X(3, -4), ),
+    case("unbind rows", lambda x: x.unflatten(1, (3, 2)).unbind(1), IMAGE),
+    case("index space", lambda x: x[:, :, torch.tensor([0, 2, 2])], IMAGE),
+    case("index channels", lambda x: x[:, torch.tensor([0, 2, 4])], IMAGE, free=False),
+    case("index two", lambda x: x[:, :, torch.tensor([0, 2]), torch.tensor([1, 3])], IMAGE),
+    case("index apart", lambda x: x[torch.tensor([0, 2, 1]), :, torch.tensor([1, 3, 0])], IMAGE),
+    case("index table", lambda x, w: x + w[:, torch.tensor([0, 3, 2, 1, 1])], X(-6, 5), W(6, 4)),
+    case("index_select", lambda x: x.index_select(2, torch.tensor([0, 2])), IMAGE),
+    case("index_select channels", lambda x: x.index_select(1, torch.tensor([0, 2])), IMAGE, free=False),
+    case("embedding", lambda x, w: x + F.embedding(torch.tensor([0, 3, 2, 1, 1]), w), TOKENS, W(9, 6)),
+    case("pad space", lambda x: F.pad(x, (1, 2)), IMAGE),
+    case("pad space value", lambda x: F.pad(x, (1, 2), value=1.5), IMAGE),
+    case("pad crop", lambda x: F.pad(x, (-1, 0)), IMAGE),
+    case("pad channels", lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), IMAGE, free=False),
+    case("pad shift", lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), IMAGE, free=False),
+    case("pad reflect", lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), IMAGE),
+    case("pad reflect 1d", lambda x: F.pad(x, (1, 1), mode="reflect"), X(-6, 4)),
+    case("pad replicate", lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), IMAGE),
+    case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), X(-12, 2, 3)),
+    case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), X(-3, 4, 6)),
+    case("flip channels", lambda x: x.flip(1), IMAGE),
+    case("flip space", lambda x: x.flip((2, 3)), IMAGE),
+    case("roll space", lambda x: x.roll((1, 2), (2, 3)), IMAGE),
+    case("roll channels", lambda x: x.roll(2, 1), IMAGE, free=False),
+    case("roll flat", lambda x: x.roll(2), IMAGE, free=False),
+    case("roll heads", lambda x: x.roll(1, 1), HEADS),
+    case("rot90", lambda x: x.rot90(1, (2, 3)), IMAGE),
+    case("rot90 channels", lambda x: x.rot90(1, (1, 2)), IMAGE, free=False),
+    case("repeat", lambda x: x.repeat(1, 2, 1, 1), IMAGE),
+    case("tile", lambda x: x.tile(1, 2, 1, 1), IMAGE),
+    case("repeat_interleave", lambda x: x.repeat_interleave(2, 1), IMAGE),
+    case("repeat_interleave heads", lambda x: x.repeat_interleave(2, 1), HEADS),
+    case("repeat then mul", lambda x, y: x.repeat(1, 2, 1, 1) * y, X(-3, 4, 5), IMAGE),
+    case("unfold", lambda x: F.unfold(x, 2), IMAGE),
+    case("diagonal", lambda x: x.diagonal(dim1=2, dim2=3), X(-6, 4, 4)),
+    case("diagonal channels", lambda x: x.diagonal(dim1=1, dim2=2), X(-4, 4, 5), free=False),
+    case("tril", torch.tril, X(-6, 4, 4)),
+    case("tril channels", torch.tril, X(4, -6), free=False),
+    case("triu", torch.triu, X(-6, 4, 4)),
+    # contractions
+    case("linear", F.linear, TOKENS, W(7, 6), W(7)),
+    case("linear no bias", F.linear, TOKENS, W(7, 6)),
+    case("linear vector", lambda x, w: F.linear(x, w), TOKENS, W(6)),
+    case("addmm", lambda x, w, b: torch.addmm(b, x, w), X(-6), W(6, 7), W(7)),
+    case("matmul", torch.matmul, TOKENS, W(6, 7)),
+    case("matmul two", torch.matmul, X(-5, -6), X(-6, -7)),
+    case("matmul heads", torch.matmul, HEADS, X(-3, -4, 6)),
+    case("matmul broadcast heads", torch.matmul, HEADS, X(1, -4, 6)),
+    case("matmul vector", torch.matmul, TOKENS, W(6)),
+    case("bmm", torch.bmm, X(-5, -6), X(-6, 7)),
+    case("mm", lambda x, w: torch.mm(x, w), X(-6), W(6, 7)),
+    case("mv", lambda x, w: torch.mv(x, w).unsqueeze(1), X(-6), W(6)),
+    case("dot", lambda x, w: x * torch.dot(w, w), X(-6), W(6)),
+    case("einsum", lambda x, y: torch.einsum("bhqd,bhkd->bhqk", x, y), HEADS, X(-3, 6, -4)),
+    case("einsum one", lambda x: torch.einsum("bhqd->bqhd", x), HEADS),
+    case("einsum outer", lambda x, y: torch.einsum("bi,bj->bij", x, y), X(-5), X(-6)),
+    case("einsum sum", lambda x, y: torch.einsum("bci,bcj->bij", x, y), X(-5, 3), X(-5, 4)),
+    case("einsum implicit", lambda x, y: torch.einsum("bi,bj", x, y), X(-5), X(-6), free=False),
+    case("conv1d", lambda x, w, b: F.conv1d(x, w, b, padding=1), X(-6, 5), W(8, 6, 3), W(8)),
+    case("conv2d", lambda x, w, b: F.conv2d(x, w, b, padding=1), IMAGE, W(8, 6, 3, 3), W(8)),
+    case("conv2d no bias", lambda x, w: F.conv2d(x, w, stride=2), IMAGE, W(8, 6, 3, 3)),
+    case("conv2d same", lambda x, w: F.conv2d(x, w, padding="same"), IMAGE, W(8, 6, 3, 3)),
+    case("conv2d grouped", lambda x, w, b: F.conv2d(x, w, b, groups=2), IMAGE, W(8, 3, 3, 3), W(8)),
+    case("conv2d grouped 3", lambda x, w: F.conv2d(x, w, groups=3), IMAGE, W(6, 2, 1, 1)),
+    case("conv2d narrow out", lambda x, w: F.conv2d(x, w, groups=3), IMAGE, W(3, 2, 1, 1)),
+    case("conv2d one in", lambda x, w: F.conv2d(x, w, groups=6), IMAGE, W(12, 1, 2, 2)),
+    case("depthwise", lambda x, w, b: F.conv2d(x, w, b, groups=6), IMAGE, W(6, 1, 3, 3), W(6)),
+    case("conv3d", lambda x, w, b: F.conv3d(x, w, b), X(-4, 3, 4, 3), W(5, 4, 2, 2, 2), W(5)),
+    case("conv_transpose1d", lambda x, w, b: F.conv_transpose1d(x, w, b, 2), X(-6, 4), W(6, 5, 3), W(5)),
+    case("conv_transpose2d", lambda x, w, b: F.conv_transpose2d(x, w, b, 2), IMAGE, W(6, 5, 2, 2), W(5)),
+    case("conv_transpose2d grouped", lambda x, w, b: F.conv_transpose2d(x, w, b, groups=2), IMAGE, W(6, 4, 2, 2), W(8)),
+    case("conv_transpose2d depthwise", lambda x, w: F.conv_transpose2d(x, w, groups=6), IMAGE, W(6, 1, 2, 2)),
+    case("conv_transpose3d", lambda x, w: F.conv_transpose3d(x, w), X(-3, 2, 2, 2), W(3, 4, 2, 2, 2)),
+    case("conv over channels", lambda x, w: F.conv1d(x.unsqueeze(1), w, padding=1), X(-6), W(1, 1, 3), free=False),
+    case("sdpa", F.scaled_dot_product_attention, HEADS, X(-3, 6, -4), X(-3, 6, -5), free=True),
+    case("sdpa scale", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3), HEADS, X(-3, 6, -4), X(-3, 6, -5)),
+    case("sdpa mask", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=0.3), HEADS, HEADS, HEADS, X(-3, 5, 5)),
+    case("sdpa mask all heads", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=0.3), HEADS, HEADS, HEADS, X(1, 5, 5)),
+    case("sdpa causal", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2), HEADS, HEADS, HEADS),
+    case("sdpa three axes", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0), X(5, -4), X(5, -4), X(5, -4)),
+    case("sdpa gqa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), X(-4, 5, -4), X(-2, 5, -4), X(-2, 5, -4), free=False),
+    case("attention by hand", lambda q, k, v: (q @ k.transpose(-1, -2) * 0.4).softmax(-1) @ v, HEADS, HEADS, HEADS),
+    case("linear attention", lambda q, k, v: q @ (k.transpose(-1, -2) @ v), HEADS, HEADS, HEADS),
+    # norms
+    case("batch_norm", lambda x, m, v, w, b: F.batch_norm(x, m.detach(), v.detach().abs() + 0.1, w, b), IMAGE, W(6), W(6), W(6), W(6)),
+    case("batch_norm plain", lambda x, m, v: F.batch_norm(x, m.detach(), v.detach().abs() + 0.1), IMAGE, W(6), W(6)),
+    case("instance_norm", lambda x, w, b: F.instance_norm(x, weight=w, bias=b), IMAGE, W(6), W(6)),
+    case("instance_norm plain", lambda x: F.instance_norm(x), IMAGE),
+    case("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b), TOKENS, W(6), W(6), free=(True, False)),
+    case("layer_norm plain", lambda x: F.layer_norm(x, (x.shape[-1],)), TOKENS, free=(True, False)),
+    case("layer_norm chw", lambda x, w, b: F.layer_norm(x, w.shape, w, b), IMAGE, W(6, 4, 5), W(6, 4, 5), free=(True, False)),
+    case("layer_norm tokens", lambda x: F.layer_norm(x, x.shape[-2:]), TOKENS, free=(True, False)),
+    case("layer_norm heads", lambda x, w, b: F.layer_norm(x, w.shape, w, b), HEADS, W(4), W(4)),
+    case("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), TOKENS, W(6), free=(True, False)),
+    case("group_norm", lambda x, w, b: F.group_norm(x, 3, w, b), IMAGE, W(6), W(6)),
+    case("group_norm 2", lambda x, w, b: F.group_norm(x, 2, w, b), IMAGE, W(6), W(6)),
+    case("group_norm 1", lambda x, w, b: F.group_norm(x, 1, w, b), IMAGE, W(6), W(6), free=(True, False)),
+    case("group_norm each", lambda x, w, b: F.group_norm(x, 6, w, b), IMAGE, W(6), W(6)),
+    case("group_norm plain", lambda x: F.group_norm(x, 3), IMAGE),
+    case("softmax channels", lambda x: x.softmax(1), IMAGE, free=(True, False)),
+    case("softmax space", lambda x: x.softmax(2), IMAGE),
+    case("softmax heads", lambda x: x.softmax(-1), HEADS),
+    case("log_softmax", lambda x: x.log_softmax(1), IMAGE, free=(True, False)),
+    case("softmin", lambda x: F.softmin(x, 2), IMAGE),
+    case("normalize", lambda x: F.normalize(x, dim=-1), TOKENS),
+    case("weight norm", lambda x, v, g: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), TOKENS, W(7, 6), W(7, 1)),
+    case("standardised", lambda x, w: F.linear(x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1)), TOKENS, W(7, 6)),
+    # reductions
+    case("mean space", lambda x: x.mean((2, 3)), IMAGE),
+    case("mean channels", lambda x: x.mean(1), IMAGE, free=(True, False)),
+    case("mean keepdim", lambda x: x - x.mean(1, keepdim=True), IMAGE, free=(True, False)),
+    case("mean all", lambda x: x - x.mean(), IMAGE, free=(True, False)),
+    case("mean heads", lambda x: x.mean(1), HEADS),
+    case("mean dims", lambda x: x.mean(3), HEADS),
+    case("sum channels", lambda x: x.sum(1), IMAGE),
+    case("sum space", lambda x: x.sum((2, 3), keepdim=True), IMAGE),
+    case("sum heads", lambda x: x.sum(1), HEADS),
+    case("sum of exp", lambda x: x.exp().sum(1), IMAGE, free=(True, False)),
+    case("amax channels", lambda x: x.amax(1), IMAGE, free=(True, False)),
+    case("amax space", lambda x: x.amax((2, 3)), IMAGE),
+    case("amin", lambda x: x.amin(1, keepdim=True), IMAGE, free=(True, False)),
+    case("max dim", lambda x: x.max(2)[0], IMAGE),
+    case("max channels", lambda x: x.max(1)[0], IMAGE, free=(True, False)),
+    case("min dim", lambda x: x.min(2)[0], IMAGE),
+    case("median", lambda x: x.median(2)[0], IMAGE),
+    case("argmax space", lambda x: x * x.argmax(2, keepdim=True), IMAGE),
+    case("argmax channels", lambda x: x * x.argmax(1, keepdim=True), IMAGE, free=(True, False)),
+    case("argmin", lambda x: x * x.argmin(2, keepdim=True), IMAGE),
+    case("any", lambda x: x * (x > 0.2).any(2, keepdim=True), IMAGE),
+    case("all", lambda x: x * (x > -2).all(2, keepdim=True), IMAGE),
+    case("var", lambda x: x.var(2), IMAGE),
+    case("var channels", lambda x: x.var(1), IMAGE, free=(True, False)),
+    case("std", lambda x: x.std(2), IMAGE),
+    case("var_mean", lambda x: torch.var_mean(x, 2), IMAGE),
+    case("var_mean channels", lambda x: torch.var_mean(x, 1), IMAGE, free=(True, False)),
+    case("std_mean", lambda x: torch.std_mean(x, 2), IMAGE),
+    case("norm", lambda x: x.norm(dim=1), IMAGE),
+    case("norm p1", lambda x: x.norm(p=1, dim=2), IMAGE),
+    case("vector_norm", lambda x: torch.linalg.vector_norm(x, dim=1), IMAGE),
+    case("logsumexp", lambda x: x.logsumexp(1), IMAGE, free=(True, False)),
+    case("prod", lambda x: x.prod(2), IMAGE),
+    case("prod channels", lambda x: x.prod(1), IMAGE, free=(True, False)),
+    case("avg_pool1d", lambda x: F.avg_pool1d(x, 2), X(-6, 4)),
+    case("avg_pool2d", lambda x: F.avg_pool2d(x, 2), IMAGE),
+    case("avg_pool3d", lambda x: F.avg_pool3d(x, 2), X(-4, 2, 4, 2)),
+    case("max_pool1d", lambda x: F.max_pool1d(x, 2), X(-6, 4)),
+    case("max_pool2d", lambda x: F.max_pool2d(x, 2, padding=1), IMAGE),
+    case("max_pool3d", lambda x: F.max_pool3d(x, 2), X(-4, 2, 4, 2)),
+    case("max_pool2d indices", lambda x: F.max_pool2d(x, 2, return_indices=True)[0], IMAGE),
+    case("pool over channels", lambda x: F.max_pool1d(x, 2), TOKENS, free=False),
+    case("adaptive_avg_pool1d", lambda x: F.adaptive_avg_pool1d(x, 2), X(-6, 4)),
+    case("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, 1), IMAGE),
+    case("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x, 1), X(-4, 2, 4, 2)),
+    case("adaptive_max_pool1d", lambda x: F.adaptive_max_pool1d(x, 2), X(-6, 4)),
+    case("adaptive_max_pool2d", lambda x: F.adaptive_max_pool2d(x, 2), IMAGE),
+    case("adaptive_max_pool3d", lambda x: F.adaptive_max_pool3d(x, 1), X(-4, 2, 4, 2)),
+    case("nearest1d", lambda x: F.interpolate(x, scale_factor=2), X(-6, 4)),
+    case("nearest2d", lambda x: F.interpolate(x, scale_factor=2), IMAGE),
+    case("nearest3d", lambda x: F.interpolate(x, size=(3, 3, 3)), X(-4, 2, 4, 2)),
+    case("linear1d", lambda x: F.interpolate(x, size=7, mode="linear"), X(-6, 4)),
+    case("bilinear", lambda x: F.interpolate(x, size=(7, 7), mode="bilinear"), IMAGE),
+    case("bicubic", lambda x: F.interpolate(x, size=(7, 7), mode="bicubic"), IMAGE),
+    case("trilinear", lambda x: F.interpolate(x, size=(3, 3, 3), mode="trilinear"), X(-4, 2, 4, 2)),
+    case("bilinear aa", lambda x: F.interpolate(x, size=(3, 3), mode="bilinear", antialias=True), IMAGE),
+    case("bicubic aa", lambda x: F.interpolate(x, size=(3, 3), mode="bicubic", antialias=True), IMAGE),
+    case("nearest exact", lambda x: F.interpolate(x, size=(7, 7), mode="nearest-exact"), IMAGE),
+    # barriers
+    case("cumsum", lambda x: x.cumsum(1), IMAGE, free=False),
+    case("cumsum space", lambda x: x.cumsum(2), IMAGE),
+    case("cumprod", lambda x: x.cumprod(2), IMAGE),
+    case("logcumsumexp", lambda x: x.logcumsumexp(2), IMAGE),
+    case("diff", lambda x: x.diff(dim=2), IMAGE),
+    case("sort", lambda x: x.sort(2)[0], IMAGE),
+    case("sort channels", lambda x: x.sort(1)[0], IMAGE, free=False),
+    case("argsort", lambda x: x * x.argsort(2), IMAGE),
+    case("topk", lambda x: x.topk(2, 2)[0], IMAGE),
+    case("topk channels", lambda x: x.topk(2, 1)[0], IMAGE, free=False),
+    # no rule: never a guess
+    case("no rule", lambda x: torch.linalg.matrix_exp(x), X(-4, -4), free=False),
+]
+# fmt: on
