@@ -92,7 +92,8 @@ def table(report: dict[str, Any]) -> Table:
     """Return the table for the screen."""
     made = Table(title="Seconds on one thread", title_justify="left")
     for column in COLUMNS:
-        made.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+        first = column == "network"
+        made.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in rows(report):
         made.add_row(*row)
     notes = NOTES.replace("\n", " ")
