@@ -41,13 +41,14 @@ class Bars(Callback):
             TextColumn,
             TimeElapsedColumn,
         )
+        from rich.table import Column
 
         self.progress: Progress = Progress(
             TextColumn("{task.description:<15}"),
-            BarColumn(bar_width=14),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
             console=console,
         )
         self.tasks: dict[str, Any] = {}
