@@ -19,7 +19,7 @@ from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
 from .labels import Labels, Layer
 from .pins import pin_queries
-from .rules import Factor
+from .rules import Factor, Size
 from .sizes import find_sites
 from .trace import Inputs, Trace, location, named_tensors, trace
 from .trial import freeze_unfollowed
@@ -59,6 +59,7 @@ def comb(
     reader.read()
     _note_unused(model, reader)
     _freeze_ignored(model, reader, ignored)
+    _freeze_unheld(model, reader)
     pins = pin_queries(reader)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins)
@@ -116,10 +117,25 @@ def _consumed(reader: Reader) -> set[tuple[str, int]]:
     return found
 
 
+def _uses(reader: Reader) -> list[tuple[str, Size]]:
+    return [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
+
+
+def _freeze_unheld(model: nn.Module, reader: Reader) -> None:
+    """Keep what moves the bound of a slice that no attribute holds; a half may be computed."""
+    held = {id(size) for site in find_sites(model, _uses(reader)) for size in site.sizes}
+    for step in reader.steps:
+        for size in step.sizes:
+            whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
+            if not whole or id(size) in held or 2 * size.old == whole:
+                continue
+            for layer in (x for x in size.labels.layers if size.axis in x.axes):
+                reader.channels.freeze(layer.ids, "no attribute holds the bound of a slice")
+
+
 def _build(
     model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list[Pinned]
 ) -> Groups:
-    uses = [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
     costs = {
         "macs": Terms(reader.macs, per=max(graph.batch, 1)),
         "params": _param_terms(model, reader),
@@ -129,7 +145,7 @@ def _build(
         units=units,
         labels=reader.labels,
         steps=reader.steps,
-        sites=find_sites(model, uses),
+        sites=find_sites(model, _uses(reader)),
         pins=pins,
         costs=costs,
         groups=(),

@@ -180,8 +180,7 @@ class Reader:
         return Call(name, args, out, self.channels, target, self.exact, where)
 
     def _rule(self, node: fx.Node, call: Call) -> Any:
-        tags = getattr(node.target, "tags", ())
-        rule = find(call.op) or (find("pointwise") if torch.Tag.pointwise in tags else None)
+        rule = find(call.op) or (find("pointwise") if _is_pointwise(node.target) else None)
         labels = list(_flat(list(call.args.values())))
         if rule is None:
             if any(label.layers for label in labels):
@@ -226,6 +225,16 @@ class Reader:
             axis = 1 if call.op.startswith(("conv", "batch_norm", "group_norm", "instance")) else -1
             total = float(np.prod(shape)) / max(self.trace.batch, 1)
             self.activation[name] = total / max(shape[axis] if shape else 1, 1)
+
+
+def _is_pointwise(target: Any) -> bool:
+    """Say whether PyTorch tags an operator, or the twin of an in-place one, as pointwise."""
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
+        return True
+    name = getattr(getattr(target, "_schema", None), "name", "").removeprefix("aten::")
+    twin = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    overloads = twin.overloads() if twin is not None else []
+    return any(torch.Tag.pointwise in getattr(twin, overload).tags for overload in overloads)
 
 
 def _weight_groups(node: fx.Node) -> int:

@@ -125,6 +125,8 @@ def _walk(
     every = op in ("add", "sub", "cat", "stack")
     if not carrying or (every and len(carrying) < len([x for x in flat if not isinstance(x, int)])):
         return False
+    if op == "div" and carrying[:1] != [node.args[0]]:
+        return False
     if op in ("mul", "div"):
         carrying = carrying[:1]
     return all(_walk(reader, x, wanted, visited, makers) for x in carrying)

@@ -34,6 +34,10 @@ class Reference(fx.Interpreter):
             if node.name in groups.trace.tensors:
                 self.labels[node] = groups.labels[groups.trace.tensors[node.name]]
         self.labels.update({step.node: step.out for step in groups.steps})
+        floating = (t.dtype for t in tensors.values() if t.is_floating_point())
+        self.dtype = next(floating, None)
+        model_types = (p.dtype for p in groups.model.parameters() if p.is_floating_point())
+        self.traced = next(model_types, None)
         self.watch: Callable[[fx.Node, Any], None] | None = None
 
     def outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -70,15 +74,26 @@ class Reference(fx.Interpreter):
         """Run one node; a statistic runs on what is alive."""
         step = self.steps.get(n)
         lossy = step is not None and step.lossy
-        value = self._statistic(n) if lossy else super().run_node(n)
+        value = self._statistic(n) if lossy else self._plain(n)
         if self.watch is not None:
             self.watch(n, value)
         return value
+
+    def _plain(self, n: fx.Node) -> Any:
+        with self._set_current_node(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            args, kwargs = torch.utils._pytree.tree_map(self._typed, (args, kwargs))
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _typed(self, value: Any) -> Any:
+        """Casts that the trace has as literals follow the type that the reference runs in."""
+        return self.dtype if value is self.traced and self.dtype is not None else value
 
     def _statistic(self, n: fx.Node) -> Any:
         step = self.steps[n]
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            args, kwargs = torch.utils._pytree.tree_map(self._typed, (args, kwargs))
             flat = list(args)
             names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
             for position, node in enumerate(n.args):

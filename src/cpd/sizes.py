@@ -19,7 +19,7 @@ from torch import nn
 from .labels import Mask, axis_size
 from .rules import Size
 
-_NORM_AND_CONV = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
+NORM_AND_CONV = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def find_sites(model: nn.Module, uses: Iterable[tuple[str, Size]]) -> list[Site]
 def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int | None]]:
     while True:
         module = model.get_submodule(path)
-        if isinstance(module, _NORM_AND_CONV):
+        if isinstance(module, NORM_AND_CONV):
             return [(path, size.arg, size.index if size.arg == "normalized_shape" else None)]
         found = _attributes(module, size.old)
         if isinstance(module, nn.MultiheadAttention):

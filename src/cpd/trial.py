@@ -18,22 +18,35 @@ from torch import nn
 
 from .groups import Groups
 from .labels import Mask, new_shape
-from .sizes import attribute_values
+from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
 from .trace import location, quiet_state
 from .units import Family
 
+_PARTS = ("start", "end", "length", "groups", "num_groups", "split_size")
+
 
 def freeze_unfollowed(groups: Groups) -> None:
-    """Keep the units of families that the network's code cannot follow."""
+    """Keep the units of families that the network's code cannot follow.
+
+    Where attributes hold all literals one trial of everything will do. A literal that none holds
+    may fit by chance, so families that change one are tried kind by kind, and at two widths.
+    """
     suspects = _suspects(groups)
     if not suspects:
         return
     run = _runner(groups)
-    if run(_without(groups, [f for kind in suspects.values() for f in kind])) is None:
+    loose = _loose(groups)
+    together = run(_without(groups, [f for kind in suspects.values() for f in kind]))
+    if together is None and not loose.any():
         return
     for kind in suspects.values():
+        open_ = any(loose[groups.units.closure(_classes(f))].any() for f in kind)
+        if together is None and not open_:
+            continue
         error = run(_without(groups, kind))
+        if error is None and open_:
+            error = run(_without(groups, kind, least=True))
         if error is not None:
             _freeze(groups, kind, f"the code cannot follow: {error}")
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
@@ -42,31 +55,53 @@ def freeze_unfollowed(groups: Groups) -> None:
         _freeze(groups, kept, f"the code cannot follow together with others: {error}")
 
 
+def _loose(groups: Groups) -> Mask:
+    """Return the classes that change a number of parts which no attribute holds."""
+    held = {id(size) for site in groups.sites for size in site.sizes}
+    loose = np.zeros(groups.units.count, bool)
+    for size in (size for step in groups.steps for size in step.sizes if id(size) not in held):
+        if size.arg not in _PARTS:
+            continue  # a stale size of a shape raises, or is none
+        for layer in (x for x in size.labels.layers if size.axis in x.axes):
+            loose[groups.units.label[layer.ids]] = True
+    return loose
+
+
+def _classes(family: Family) -> list[int]:
+    return np.concatenate(family.clusters).tolist()
+
+
 def _suspects(groups: Groups) -> dict[object, list[Family]]:
     """Families that change a literal size, by the classes of the modules whose literals they
     change.
     """
     touched: dict[tuple[str, str], Mask] = {}
     for step, size in ((x, size) for x in groups.steps for size in x.sizes):
-        kind = type(groups.model.get_submodule(location(step.node)[0])).__name__
-        mask = touched.setdefault((kind, size.arg), np.zeros(groups.units.count, bool))
+        module = groups.model.get_submodule(location(step.node)[0])
+        if isinstance(module, NORM_AND_CONV):
+            continue  # its attributes are known
+        place = (type(module).__name__, size.arg)
+        mask = touched.setdefault(place, np.zeros(groups.units.count, bool))
         for layer in (x for x in size.labels.layers if size.axis in x.axes):
             mask[groups.units.label[layer.ids]] = True
     found: dict[object, list[Family]] = {}
     for family in groups.units.families:
-        closure = groups.units.closure(np.concatenate(family.clusters).tolist())
+        closure = groups.units.closure(_classes(family))
         key = frozenset(place for place, mask in touched.items() if mask[closure].any())
         if key:
             found.setdefault((family.kind, key), []).append(family)
     return found
 
 
-def _without(groups: Groups, families: Iterable[Family]) -> Mask:
-    """Return the classes left when about half of the units of each family are gone."""
+def _without(groups: Groups, families: Iterable[Family], *, least: bool = False) -> Mask:
+    """Return the classes left when about half of the units of each family (or the last unit) are
+    gone.
+    """
     alive = groups.everything()
     for family in families:
         gone = max(1, min(family.size, family.width - 1) // 2) if family.width > 1 else 0
-        first = np.concatenate([cluster[:gone] for cluster in family.clusters])
+        which = slice(family.size - 1, None) if least and gone else slice(gone)
+        first = np.concatenate([cluster[: family.size][which] for cluster in family.clusters])
         alive[groups.units.closure(first.tolist())] = False
     return alive
 

@@ -288,6 +288,8 @@ class _Solver:
     def _bundle(self, bounds: list[_Bound]) -> tuple[Family | None, set[int]]:
         tied = [bound for bound in bounds if bound.columns is not None]
         taken: set[int] = set()
+        if not tied and all((bound.items == bound.items[:, :1]).all() for bound in bounds):
+            return None, taken  # every row is one channel: its blocks are the units
         clusters: dict[bytes, Ids] = {}
         for bound in tied:
             assert bound.columns is not None
@@ -323,6 +325,8 @@ class _Solver:
             if len(blocks) > 1 and len(free) and blocks.tobytes() not in seen:
                 seen.add(blocks.tobytes())
                 kind = KINDS.get(_kind(bound.op), ("heads", "head dims"))[0]
+                if np.isin(blocks, bound.items).all():
+                    kind = "channels"  # the rows are one channel each
                 families.append(Family(kind, (free,), len(blocks)))
         return families
 

@@ -98,7 +98,9 @@ class Call:
         """
         if not labels.carries(axis):
             return
-        if self.exact:
+        if labels.owned(axis) is None:
+            self.freeze_indices(labels, axis, f"rows depend on each other: {why}")
+        elif self.exact:
             self.freeze_axis(labels, axis, f"exact: {why}")
         self.lossy = True
 

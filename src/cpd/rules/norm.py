@@ -68,5 +68,8 @@ def softmax(call: Call) -> Labels:
     x = call.args["self"]
     axis = call.args["dim"] % len(x.shape)
     call.statistic(x, axis, "softmax over channels")
+    for layer in x.layers:
+        if axis in layer.axes[:-1]:  # entries of different rows meet, so all keep the same columns
+            call.channels.columns(layer.ids.reshape(-1, layer.ids.shape[-1]))
     names = [f"d{k}" for k in range(len(x.shape))]
     return align(call, [(x, names)], names, call.shape, zero=lambda _: False)

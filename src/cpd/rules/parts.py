@@ -123,6 +123,8 @@ def slice_(call: Call) -> Labels:
         call.freeze_indices(x, axis, "every n-th row is taken")
     out = _slice(call, x, axis, start, stop, step)
     _keep_one(call, x, axis, [(0, start), (start, stop), (stop, size)])
+    if size in (2 * start, 2 * stop):
+        _balance(call, x, axis, 2)  # code computes a half from the whole
     _bound(call, "start", start, x, axis)
     if call.op == "narrow":
         call.size("length", None, stop - start, out, axis)
@@ -239,6 +241,9 @@ def embedding(call: Call) -> Labels:
     call.freeze_axis(w, 0, "indexed by data")
     layer = w.owned(1)
     rank = len(call.shape)
+    if layer is not None and len(layer.axes) > 1:
+        call.freeze(layer.ids, "columns of a table that are coupled to its rows")
+        layer = None
     return Labels(call.shape, () if layer is None else (replace(layer, axes=(rank - 1,)),))
 
 
@@ -251,3 +256,15 @@ def index_select(call: Call) -> Labels:
     call.freeze_indices(x, axis, "indexed by data")
     call.freeze_all(call.args["index"], "an index tensor is data")
     return Labels(call.shape, tuple(e for e in x.layers if axis not in e.axes))
+
+
+@rule("glu")
+def glu(call: Call) -> Labels:
+    """a * sigmoid(b), a and b the halves of one axis: both keep the same channels."""
+    x = call.args["self"]
+    axis = positive(call.args.get("dim", -1), len(x.shape))
+    half = x.shape[axis] // 2
+    parts = [_slice(call, x, axis, start, start + half) for start in (0, half)]
+    names = [f"d{k}" for k in range(len(x.shape))]
+    operands = [(part, names) for part in parts]
+    return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))

@@ -34,6 +34,7 @@ _PROBED: dict[Any, bool | None] = {}  # facts about operators, the same for ever
     "lift_fresh_copy",
     "lift_fresh",
     "fill",
+    "hardswish",
     "prelu",
 )
 def pointwise(call: Call) -> Labels:
@@ -92,9 +93,7 @@ def _zero_probe(call: Call, tensors: list[str], undefined: list[dict[int, bool]]
     return zero
 
 
-def _is_zero(
-    call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float
-) -> bool | None:
+def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float) -> bool | None:
     args = dict(call.args)
     for name, zero in zip(tensors, zeros, strict=True):
         args[name] = torch.full((1,), 0.0 if zero else value)

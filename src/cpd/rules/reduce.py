@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from ..labels import Labels, Layer
 from .base import Call, align, rule
 
-_ZERO_OF_ZEROS = frozenset(
-    "mean sum amax amin var std linalg_vector_norm norm prod max min any all median".split()
-)
+# The reductions whose result over zeros is zero.
+_ZERO_OF_ZEROS = ("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "prod")
 
 
 @rule(
