@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from .labels import Mask, axis_size
@@ -101,8 +100,3 @@ def attribute_values(
             held = type(held)(entries) if type(held) in (tuple, list) else tuple(entries)
         changes.setdefault(site.path, {})[site.attribute] = held
     return changes
-
-
-def of_ids(alive_classes: Mask, label: np.ndarray) -> Mask:
-    """Return per id what is given per class."""
-    return alive_classes[label]

@@ -55,10 +55,33 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    # deepcopy keeps its own references alive in memo[id(memo)]; the tensors live in `model`
-    # meanwhile
-    return copy.deepcopy(model, dict(memo))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return `copy.deepcopy(value, memo)`, several times faster for a tree of modules.
+
+    What copies itself in a way of its own is left to `deepcopy`. `memo` is written to.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is dict:
+        return {_copy(key, memo): _copy(item, memo) for key, item in value.items()}
+    if not isinstance(value, nn.Module) or _copies_itself(kind):
+        return copy.deepcopy(value, memo)
+    result: Any = object.__new__(kind)
+    memo[id(value)] = result
+    result.__dict__.update({name: _copy(held, memo) for name, held in vars(value).items()})
+    return result
+
+
+def _copies_itself(kind: type) -> bool:
+    """Say whether a class has a protocol of its own for copies."""
+    names = {"__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__", "__copy__", "__slots__"}
+    return any(names & set(vars(base)) for base in kind.__mro__ if base is not object)
 
 
 def refresh(module: nn.Module) -> None:

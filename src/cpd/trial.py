@@ -10,6 +10,7 @@ are tried once for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -108,11 +109,21 @@ def _without(groups: Groups, families: Iterable[Family], *, least: bool = False)
 
 def _runner(groups: Groups) -> Callable[[Mask], str | None]:
     """Return a function that cuts on the meta device, runs, and tells the error or None."""
-    device = "meta"
-    if _run(groups.model, groups, groups.everything(), device, None) is not None:
-        device = "cpu"  # the code needs values: try on real tensors of the new shapes
     expected = _output_shapes(groups)
-    return lambda alive: _run(groups.model, groups, alive, device, expected)
+
+    @lru_cache(maxsize=1)
+    def device() -> str:
+        """Where the uncut model runs: code that needs values takes real tensors."""
+        whole = _run(groups.model, groups, groups.everything(), "meta", None)
+        return "meta" if whole is None else "cpu"
+
+    def run(alive: Mask) -> str | None:
+        error = _run(groups.model, groups, alive, "meta", expected)
+        if error is None or device() == "meta":
+            return error
+        return _run(groups.model, groups, alive, "cpu", expected)
+
+    return run
 
 
 def _output_shapes(groups: Groups) -> list[tuple[int, ...]]:

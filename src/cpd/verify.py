@@ -90,6 +90,8 @@ def verify(
     }
     checks.update(_one_sample(big, cut_net, got, args, kwargs))
     checks.update(_sizes_agree(cut_net, plan))
+    checks.update(_weights_agree(small, model, plan))
+    checks.update(_not_in_vain(big, cut_net, plan, args, kwargs))
     limit = _limit(got[0].dtype if got else dtype)
     worst = max((nan_last(value) for value in checks.values()), default=0.0)
     where = ""
@@ -233,6 +235,44 @@ def _one_sample(
     result = _run(small, one_args, one_kwargs)
     pairs = zip(result, got, strict=True)
     return {"batch of 1": max(_difference(a, b[:1]) for a, b in pairs)}
+
+
+def _weights_agree(small: nn.Module, model: nn.Module, plan: Plan) -> dict[str, float]:
+    """Every tensor is what the plan keeps of the original's, to a rounding where rescaled."""
+    held, full = dict(named_tensors(small)), dict(named_tensors(model))
+    worst = {"weights": 0.0}
+    for name in dict.fromkeys(plan.aliases.values()):
+        wanted, given = cut_tensor(full[name], plan, name), held[name].detach()
+        slack = 0.0
+        if name in plan.rescale:
+            slack = 2 * torch.finfo(given.dtype).eps
+        same = given.shape == wanted.shape and torch.equal(given, wanted)
+        difference = 0.0 if same else _difference(given, wanted)
+        if not difference <= max(slack, next(iter(worst.values()))):
+            worst = {f"weights of {name}": difference}
+    return worst
+
+
+def _not_in_vain(
+    big: nn.Module, small: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, float]:
+    """Prove once more with all-zero weights made random: behind them everything is equal."""
+    generator = torch.Generator().manual_seed(0)
+    live = {}
+    for name, parameter in big.named_parameters():
+        if not name.endswith("bias") and parameter.numel() > 1 and not parameter.detach().any():
+            made = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
+            live[name] = (made / max(parameter[0].numel(), 1) ** 0.5).to(parameter)
+    if not live:
+        return {}
+    whole = rebuild(big, live, {}).eval()
+    part = {name: cut_tensor(live[name], plan, name) for name in live}
+    groups = _groups_for(whole, plan, args, kwargs)
+    got = _run(rebuild(small, part, {}).eval(), args, kwargs)
+    zeroed = _zeroed(whole, plan)
+    wanted = _reference(groups, plan, zeroed).outputs(args, kwargs)
+    pairs = zip(got, wanted, strict=True)
+    return {f"with {len(live)} zero weights made random": max(_difference(a, b) for a, b in pairs)}
 
 
 def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
