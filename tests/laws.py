@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import cpd
 from cpd.groups import Groups
+from cpd.labels import axis_size
 from cpd.plan import Plan
+from cpd.planning import alive_of
 
 TIGHT = 1e-9
 
@@ -23,7 +25,9 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.6)
+                tensor.copy_(
+                    torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.6
+                )
         for name, tensor in model.named_buffers():
             if name.endswith("running_var"):
                 tensor.abs_().add_(0.3)
@@ -42,9 +46,7 @@ def random_scores(groups: Groups, seed: int) -> dict[str, torch.Tensor]:
     return {g.name: torch.rand(g.size, generator=generator, dtype=torch.float64) for g in groups}
 
 
-def random_plans(
-    groups: Groups, count: int = 4, seed: int = 0, **options: Any
-) -> Iterator[Plan]:
+def random_plans(groups: Groups, count: int = 4, seed: int = 0, **options: Any) -> Iterator[Plan]:
     """Admissible plans: random scores, all rankings and strategies, from few units gone to all that may go."""
     rankings, strategies = ("global", "uniform", "isomorphic"), ("oneshot", "greedy")
     for k in range(count):
@@ -126,3 +128,52 @@ def prove(
         if each is not None:
             each(plan, small)
     return groups, total
+
+
+class CutGraph(fx.Interpreter):
+    """The traced graph on cut tensors, with every literal size that a rule recorded in its new size.
+
+    This is what the rules promise, whatever the Python code of the network can follow.
+    """
+
+    def __init__(self, groups: Groups, plan: Plan, small: nn.Module) -> None:
+        super().__init__(nn.Module(), graph=groups.trace.graph)
+        self.of_ids = alive_of(groups, plan)[groups.units.label]
+        self.trace = groups.trace
+        self.steps = {step.node: step for step in groups.steps}
+        self.held = {
+            **dict(small.named_buffers(remove_duplicate=False)),
+            **dict(small.named_parameters(remove_duplicate=False)),
+        }
+
+    def outputs(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        left, values = iter(inputs), []
+        for node in self.trace.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if node.name in self.trace.tensors:
+                values.append(self.held[self.trace.tensors[node.name]].detach())
+            elif node.name in self.trace.constants:
+                values.append(self.trace.constants[node.name])
+            else:
+                values.append(next(left))
+        with torch.no_grad():
+            return flat(self.run(*values, enable_io_processing=False))
+
+    def run_node(self, n: fx.Node) -> Any:
+        step = self.steps.get(n)
+        if step is None or not step.sizes:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        names = [argument.name for argument in n.target._schema.arguments]
+        changed = {**dict(zip(names, args, strict=False)), **kwargs}
+        for size in step.sizes:
+            new = axis_size(size.labels, size.axis, self.of_ids)
+            if size.index is None:
+                changed[size.arg] = new
+            else:
+                entries = list(changed[size.arg])
+                entries[size.index] = new
+                changed[size.arg] = entries
+        plain = [changed.pop(name) for name in names[: len(args)]]
+        return n.target(*plain, **changed)

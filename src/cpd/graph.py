@@ -149,7 +149,7 @@ class Reader:
         call = self._bind(node, out)
         result = self._rule(node, call)
         if isinstance(result, Labels) and isinstance(node.meta.get("val"), tuple | list):
-            result = [result]
+            result = [result] * len(out)
         self._mutated(node, call)
         sizes = call.sizes
         self.steps.append(Step(node, result, call.args, sizes, call.lossy))

@@ -8,8 +8,11 @@ Every case runs twice: with inputs that are zero where a channel is gone, and wi
 sigmoid); and each with `exact=True` (against zeroing) and without (against statistics over what is kept).
 """
 
+# ruff: noqa: E501 - one op, one line
+
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +20,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import prove, randomised
 from torch import nn
 
 import cpd
 from cpd import rules
+from cpd.comb import comb
+from cpd.trace import trace
+from laws import CutGraph, difference, prove, random_plans, randomised, removed, run, zeroed
 
 BATCH, MIX, READ = 3, 4, 3
 
@@ -149,13 +154,16 @@ CASES = [
     case("clone", torch.clone, IMAGE),
     case("contiguous", lambda x: x.transpose(1, 2).contiguous(), IMAGE),
     case("to", lambda x: x.to(torch.float32).double().to(torch.float64), IMAGE),
-    case("type_as", lambda x, y: x.type_as(y), IMAGE, TOKENS),
+    case("type_as", lambda x, y: x.type_as(y), IMAGE, IMAGE),
     case("detach", lambda x: x.detach(), IMAGE),
     case("lerp", lambda x, y: torch.lerp(x, y, 0.3), IMAGE, IMAGE),
     case("addcmul", lambda x, y: torch.addcmul(x, x, y), IMAGE, IMAGE),
     case("pow", lambda x: x.square().pow(1.5), IMAGE),
     case("fill", lambda x: torch.fill(x, 2.0), IMAGE),
     case("copy", lambda x, y: torch.ops.aten.copy.default(x, y), IMAGE, IMAGE),
+    case("hardswish", F.hardswish, IMAGE),
+    case("alias", torch.ops.aten.alias.default, IMAGE),
+    case("native_dropout", lambda x: torch.ops.aten.native_dropout.default(x, 0.5, False)[0], IMAGE),
     # in place
     case("relu_", lambda x: F.relu_(x * 2.0) * x, IMAGE),
     case("add_", inplace_add, IMAGE, IMAGE),
@@ -163,7 +171,7 @@ CASES = [
     case("copy_ into space", inplace_slice, IMAGE, free=False),
     case("copy_ into channels", inplace_channels, IMAGE, free=False),
     case("fill_", lambda x: (x * 1.0).fill_(2.0) * x, IMAGE),
-    case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE),
+    case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE, free=False),
     case("masked_fill_", lambda x: (x * 1.0).masked_fill_(x > 0, 3.0), IMAGE),
     case("dropout_", lambda x: F.dropout(x * 1.0, 0.5, training=False, inplace=True), IMAGE),
     # made on the spot
@@ -174,6 +182,10 @@ CASES = [
     case("new_ones", lambda x: x.new_ones(6, 1, 1) + x, IMAGE, free=False),
     case("zeros", lambda x: torch.zeros(4, 5, dtype=torch.float64) + x, IMAGE),
     case("full", lambda x: torch.full((6, 1, 1), 2.0, dtype=torch.float64) * x, IMAGE, free=False),
+    case("ones", lambda x: x + torch.ones(6, 1, 1, dtype=torch.float64), IMAGE, free=False),
+    case("new_full", lambda x: x + x.new_full((4, 5), 0.5), IMAGE),
+    case("new_zeros", lambda x: x + x.new_zeros(5), IMAGE),
+    case("scalar_tensor", lambda x: x * torch.scalar_tensor(2.0, dtype=torch.float64), IMAGE),
     case("arange", lambda x: torch.arange(5, dtype=torch.float64) + x, IMAGE),
     case("arange channels", lambda x: torch.arange(6, dtype=torch.float64) + x, TOKENS, free=False),
     case("linspace", lambda x: torch.linspace(0, 1, 5, dtype=torch.float64) * x, IMAGE),
@@ -183,11 +195,11 @@ CASES = [
     case("flatten", lambda x: x.flatten(1), IMAGE),
     case("reshape merge", lambda x: x.reshape(BATCH, -1), X(4, -6)),
     case("reshape two", lambda x: x.reshape(BATCH, -1), X(-4, -6)),
-    case("reshape across", lambda x: x.reshape(BATCH, 3, 8), X(-4, -6)),
+    case("reshape across", lambda x: x.reshape(BATCH, 3, 8), X(-4, -6), free=False),
     case("reshape heads and back", lambda x: x.reshape(BATCH, 5, 3, 2).reshape(BATCH, 5, 6), TOKENS),
     case("nest", lambda x: x.reshape(BATCH, 5, 3, 4).transpose(2, 3).flatten(2), X(5, -12)),
     case("shuffle", lambda x: x.view(BATCH, 3, 2, 4, 5).transpose(1, 2).reshape(BATCH, 6, 4, 5), IMAGE),
-    case("shuffle deep", lambda x: x.view(BATCH, 2, 2, 3).permute(0, 3, 1, 2).reshape(BATCH, 12), X(-12)),
+    case("shuffle deep", lambda x: x.view(BATCH, 2, 2, 3).permute(0, 3, 1, 2).reshape(BATCH, 12), X(-12), free=False),
     case("unflatten", lambda x: x.unflatten(1, (3, 2)), IMAGE),
     case("squeeze", lambda x: x.unsqueeze(1).squeeze(1), IMAGE),
     case("squeeze all", lambda x: x.unsqueeze(3).squeeze(), IMAGE),
@@ -198,6 +210,8 @@ CASES = [
     case("mT", lambda x: x.mT, TOKENS),
     case("t", lambda x, w: x @ w.t(), TOKENS, W(7, 6)),
     case("T", lambda x, w: x @ w.T, TOKENS, W(7, 6)),
+    case("adjoint", lambda x: x.adjoint(), TOKENS),
+    case("H", lambda x, w: x @ w.H, TOKENS, W(7, 6)),
     case("swapaxes", lambda x: x.swapaxes(1, 2), TOKENS),
     case("movedim", lambda x: x.movedim(1, 3), IMAGE),
     case("movedim three", lambda x: x.movedim((1, 2), (2, 3)), IMAGE),
@@ -216,15 +230,18 @@ CASES = [
     case("cat rows", lambda x, y: torch.cat([x.unflatten(1, (3, 2)), y.unflatten(1, (3, 2))], 2), X(-6), X(-6)),
     case("cat heads", lambda x, y: torch.cat([x, y], 1), HEADS, X(-2, 5, -4)),
     case("cat dims", lambda x, y: torch.cat([x, y], 3), HEADS, X(-3, 5, -2)),
-    case("cat negated half", lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1), HEADS),
+    case("cat negated half", lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1), HEADS),
+    case("cat tokens fixed", lambda x, y: torch.cat([x, y], 1), TOKENS, X(1, 6), free=False),
+    case("concat", lambda x, y: torch.ops.aten.concat.default([x, y], 1), IMAGE, IMAGE),
+    case("concatenate", lambda x, y: torch.ops.aten.concatenate.default([x, y], 1), IMAGE, IMAGE),
     case("stack", lambda x, y: torch.stack([x, y], 1), IMAGE, IMAGE),
     case("stack last", lambda x, y: torch.stack([x, y], -1), TOKENS, TOKENS),
     case("stack then flatten", lambda x, y: torch.stack([x, y], 2).flatten(1), X(-6), X(-6)),
     case("split", lambda x: x.split(2, 1), IMAGE),
-    case("split uneven", lambda x: x.split(4, 1), IMAGE),
+    case("split uneven", lambda x: x.split(4, 1), IMAGE, free=False),
     case("split sizes", lambda x: x.split([1, 2, 3], 1), IMAGE),
     case("chunk", lambda x: x.chunk(3, 1), IMAGE),
-    case("chunk uneven", lambda x: x.chunk(4, 1), X(-7, 3)),
+    case("chunk uneven", lambda x: x.chunk(4, 1), X(-7, 3), free=False),
     case("chunk product", lambda x: torch.mul(*x.chunk(2, 1)), IMAGE),
     case("tensor_split", lambda x: x.tensor_split(3, 1), IMAGE),
     case("unsafe_chunk", lambda x: x.unsafe_chunk(3, 1), IMAGE),
@@ -257,6 +274,10 @@ CASES = [
     case("pad reflect", lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), IMAGE),
     case("pad reflect 1d", lambda x: F.pad(x, (1, 1), mode="reflect"), X(-6, 4)),
     case("pad replicate", lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), IMAGE),
+    case("constant_pad_nd", lambda x: torch.ops.aten.constant_pad_nd.default(x, [1, 1]), IMAGE),
+    case("reflection_pad1d", lambda x: torch.ops.aten.reflection_pad1d.default(x, [1, 1]), X(-6, 4)),
+    case("reflection_pad2d", lambda x: torch.ops.aten.reflection_pad2d.default(x, [1, 1, 0, 1]), IMAGE),
+    case("replication_pad2d", lambda x: torch.ops.aten.replication_pad2d.default(x, [1, 1, 0, 1]), IMAGE),
     case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), X(-12, 2, 3)),
     case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), X(-3, 4, 6)),
     case("flip channels", lambda x: x.flip(1), IMAGE),
@@ -343,8 +364,8 @@ CASES = [
     case("softmax heads", lambda x: x.softmax(-1), HEADS),
     case("log_softmax", lambda x: x.log_softmax(1), IMAGE, free=(True, False)),
     case("softmin", lambda x: F.softmin(x, 2), IMAGE),
-    case("normalize", lambda x: F.normalize(x, dim=-1), TOKENS),
-    case("weight norm", lambda x, v, g: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), TOKENS, W(7, 6), W(7, 1)),
+    case("normalize", lambda x: F.normalize(x, dim=-1), TOKENS, free=False),
+    case("weight norm", lambda x, v, g: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), TOKENS, W(7, 6), W(7, 1), free=(True, False)),
     case("standardised", lambda x, w: F.linear(x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1)), TOKENS, W(7, 6)),
     # reductions
     case("mean space", lambda x: x.mean((2, 3)), IMAGE),
@@ -375,9 +396,10 @@ CASES = [
     case("var_mean", lambda x: torch.var_mean(x, 2), IMAGE),
     case("var_mean channels", lambda x: torch.var_mean(x, 1), IMAGE, free=(True, False)),
     case("std_mean", lambda x: torch.std_mean(x, 2), IMAGE),
-    case("norm", lambda x: x.norm(dim=1), IMAGE),
+    case("norm", lambda x: x.norm(dim=1), IMAGE, free=(True, False)),
     case("norm p1", lambda x: x.norm(p=1, dim=2), IMAGE),
-    case("vector_norm", lambda x: torch.linalg.vector_norm(x, dim=1), IMAGE),
+    case("vector_norm", lambda x: torch.linalg.vector_norm(x, dim=1), IMAGE, free=(True, False)),
+    case("norm scalar", lambda x: x * torch.ops.aten.norm.ScalarOpt_dim(x, 2, [2], True), IMAGE),
     case("logsumexp", lambda x: x.logsumexp(1), IMAGE, free=(True, False)),
     case("prod", lambda x: x.prod(2), IMAGE),
     case("prod channels", lambda x: x.prod(1), IMAGE, free=(True, False)),
@@ -420,3 +442,67 @@ CASES = [
     case("no rule", lambda x: torch.linalg.matrix_exp(x), X(-4, -4), free=False),
 ]
 # fmt: on
+
+# Why no line above reaches a rule.
+UNREACHED = {
+    "_native_batch_norm_legit_no_training": "only after decomposition",
+    "_softmax": "only after decomposition",
+    "_to_copy": "only after decomposition",
+    "_unsafe_view": "only after decomposition",
+    "softmin": "exported as a softmax of the negative",
+    "lift_fresh": "exported as lift_fresh_copy",
+    "pointwise": "the name of the rule itself; operators are found by their tag",
+    **dict.fromkeys(("empty", "empty_like", "new_empty"), "values are whatever was there"),
+    **dict.fromkeys(
+        ("bernoulli", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"),
+        "other values in every run",
+    ),
+    **dict.fromkeys(("tril_indices", "triu_indices"), "whole numbers, only ever an index"),
+}
+
+
+def model_of(line: Case, *, alive: bool) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    model = randomised(Single(line.function, line.args, alive=alive))
+    return model, tuple(model.example(shape) for shape in line.args if isinstance(shape, X))
+
+
+def names_of(line: Case) -> str:
+    return line.name.replace(" ", "-")
+
+
+@pytest.mark.parametrize("line", CASES, ids=names_of)
+def test_cutting_commutes_with_the_op(line: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph on cut tensors computes what the whole graph computes on zeroed ones."""
+    module = sys.modules["cpd.comb"]  # the name in the package is the function
+    monkeypatch.setattr(module, "freeze_unfollowed", lambda groups: None)
+    monkeypatch.setattr(module, "_freeze_unheld", lambda model, reader: None)
+    total = 0
+    for alive in (False, True):
+        model, inputs = model_of(line, alive=alive)
+        groups = comb(model, inputs, exact=True)
+        for plan in random_plans(groups, 2):
+            total += removed(plan)
+            small = cpd.cut(model, plan, verify=False)
+            got = CutGraph(groups, plan, small).outputs(*inputs)
+            worst = difference(got, run(zeroed(model, plan), inputs))
+            assert worst <= 1e-9, f"differs by {worst:.1e}\n{groups}\n{plan}"
+    assert (total > 0) == line.free[1], f"{total} removed\n{groups}"
+
+
+@pytest.mark.parametrize("line", CASES, ids=names_of)
+def test_what_comb_frees_can_be_cut(line: Case) -> None:
+    """Whatever the network's code does with sizes: a plan of `comb` and `choose` cuts and verifies."""
+    model, inputs = model_of(line, alive=True)
+    _, total = prove(model, inputs, exact=False, count=2)
+    assert line.free[0] or not total
+
+
+def test_every_rule_is_proved() -> None:
+    seen = set()
+    for line in CASES:
+        for node in trace(*model_of(line, alive=False)).graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None:
+                seen.add(schema.name.split("::")[-1])
+    left = {name for name in rules.known() if name not in seen and f"{name}_" not in seen}
+    assert left == set(UNREACHED)
