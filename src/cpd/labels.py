@@ -57,13 +57,17 @@ class Labels:
         found = self.owned(axis)
         if found is not None:
             return found
-        for layer in self.layers:
-            if axis in layer.axes:
-                ids = layer.ids
-                for _ in range(len(layer.axes) - 1 - layer.axes.index(axis)):
-                    ids = channels.rows(ids)
-                return Layer(layer.axes[: ids.ndim], ids, layer.zero)
-        return None
+        blocks = (self.at_layer(layer, axis, channels) for layer in self.layers)
+        return next((layer for layer in blocks if layer is not None), None)
+
+    def at_layer(self, layer: Layer, axis: int, channels: Channels) -> Layer | None:
+        """Return the ids along `axis` by one layer: its own, or the blocks of its rows."""
+        if axis not in layer.axes:
+            return None
+        ids = layer.ids
+        for _ in range(len(layer.axes) - 1 - layer.axes.index(axis)):
+            ids = channels.rows(ids)
+        return Layer(layer.axes[: ids.ndim], ids, layer.zero)
 
     def carries(self, axis: int) -> bool:
         """Say whether anything may change the size of `axis`."""

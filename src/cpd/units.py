@@ -164,7 +164,8 @@ class _Solver:
             for bound in self.bounds
             for row, block in zip(bound.items, bound.rows, strict=True)
         ]
-        for block, items in sorted(rows, key=lambda pair: -len(pair[1])):
+        several = [(block, items) for block, items in rows if len(items) > 1]
+        for block, items in sorted(several, key=lambda pair: -len(pair[1])):
             smallest.update(dict.fromkeys(items.tolist(), (block, items)))
         return smallest
 
@@ -175,6 +176,8 @@ class _Solver:
         link: dict[bytes, Ids] = {}
         for row in bound.items:
             items = np.unique(row)
+            if not all(item in smallest for item in items.tolist()):
+                return False  # a row of one channel is no row of others
             parts = {smallest[item][1].tobytes(): smallest[item] for item in items.tolist()}
             if len(parts) == 1 or sum(len(p) for _, p in parts.values()) != len(items):
                 return False
@@ -195,6 +198,8 @@ class _Solver:
         rows: dict[bytes, Ids] = {}
         for row in (row for bound in self.bounds for row in bound.items):
             items, counts = np.unique(row, return_counts=True)
+            if len(items) == 1:
+                continue
             key = items.tobytes()
             rows[key] = items
             if len(set(counts.tolist())) > 1:

@@ -130,6 +130,7 @@ def _conv(
     w = replace(w, layers=tuple(e for e in w.layers if max(e.axes) < 2))
     _consume(call, w, 0 if transposed else 1)
     xg, wg = _split(call, x, len(lead), groups), _split(call, w, 0, groups)
+    _same_groups(call, wg)
     row, column = ("i", "o") if transposed else ("o", "i")
     operands = [(xg, [*lead, "g", "i", *space_in]), (wg, ["g", row, column, *kernel])]
     if b is not None:
@@ -142,6 +143,14 @@ def _conv(
     if groups > 1:
         call.size("groups", None, groups, xg, at)
     return reshape(y, out_shape, call.channels)
+
+
+def _same_groups(call: Call, weight: Labels) -> None:
+    """The groups of a weight's inputs are the groups of its outputs."""
+    blocks = [weight.at_layer(layer, 0, call.channels) for layer in weight.layers]
+    found = [layer.ids for layer in blocks if layer is not None]
+    for ids in found[1:]:
+        call.channels.unite(found[0], ids)
 
 
 def _split(call: Call, labels: Labels, axis: int, groups: int) -> Labels:

@@ -167,7 +167,7 @@ def _moved(call: Call, x: Labels) -> Labels:
     layers = []
     for layer in x.layers:
         full = np.broadcast_to(spread(layer, layer.ids, len(x.shape)), x.shape)
-        args = {**call.args, "self": torch.from_numpy(np.ascontiguousarray(full))}
+        args = {**call.args, "self": torch.from_numpy(np.array(full))}
         result = call.target(**args).numpy()
         part = squeeze_constant(tuple(range(result.ndim)), result, layer.zero)
         if part.axes:
