@@ -21,6 +21,8 @@ class CutMultiheadAttention(nn.MultiheadAttention):
     embedding's is.
     """
 
+    scale: float
+
     @staticmethod
     def adopt(module: nn.MultiheadAttention) -> None:
         """Turn a layer whose tensors were cut into one that runs on them; others are left alone."""
@@ -31,6 +33,10 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         outer = module.out_proj.weight.shape[0]
         if inner == module.embed_dim == outer and module.num_heads * module.head_dim == inner:
             return
+        if not isinstance(module, CutMultiheadAttention):
+            module.scale = (
+                module.head_dim**-0.5
+            )  # that of the whole layer, however narrow heads get
         module.embed_dim = outer
         module.kdim = (module.in_proj_weight if packed else module.k_proj_weight).shape[1]
         module.vdim = (module.in_proj_weight if packed else module.v_proj_weight).shape[1]
@@ -64,11 +70,11 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            scores = (q * self.scale) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
             out = F.dropout(weights, dropout) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)

@@ -43,6 +43,7 @@ class Channels:
         self.folds: list[Fold] = []
         self.frozen: list[tuple[Ids, str]] = []
         self.nonempty: list[Ids] = []
+        self.used: list[Ids] = []
         self.op = ""
         self._edges: list[tuple[Ids, Ids]] = []
         self._fold_of: dict[tuple[tuple[int, ...], bytes], tuple[Fold, bool]] = {}
@@ -64,6 +65,17 @@ class Channels:
         """Keep these channels for good; `reason` is what the user reads."""
         if ids.size:
             self.frozen.append((ids.ravel(), reason))
+
+    def use(self, ids: Ids) -> None:
+        """Note that an operator computes with these channels (it does not only move them)."""
+        self.used.append(ids.ravel())
+
+    def unused(self, ids: Ids) -> Ids:
+        """Return those of `ids` that nothing computes with."""
+        mask = np.ones(self.count, bool)
+        for used in self.used:
+            mask[used] = False
+        return ids[mask[ids]]
 
     def keep_one(self, ids: Ids) -> None:
         """At least one of these channels must stay."""

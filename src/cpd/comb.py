@@ -58,6 +58,7 @@ def comb(
     reader = Reader(graph, exact=exact, unknown=unknown)
     reader.read()
     _note_unused(model, reader)
+    _freeze_untouched(reader)
     _freeze_ignored(model, reader, ignored)
     _freeze_unheld(model, reader)
     pins = pin_queries(reader)
@@ -102,6 +103,15 @@ def _note_unused(model: nn.Module, reader: Reader) -> None:
     for name, tensor in named_tensors(model):
         name = reader.trace.aliases[name]
         reader.labels.setdefault(name, Labels(tuple(tensor.shape)))
+
+
+def _freeze_untouched(reader: Reader) -> None:
+    """Keep what no operator computes with: the end of a table that these inputs do not reach."""
+    layers = [layer for labels in reader.labels.values() for layer in labels.layers]
+    if layers:
+        ids = np.concatenate([layer.ids.ravel() for layer in layers])
+        reason = "nothing computes with it for these inputs"
+        reader.channels.freeze(reader.channels.unused(ids), reason)
 
 
 def _consumed(reader: Reader) -> set[tuple[str, int]]:
@@ -250,13 +260,17 @@ def _layers(groups: Groups) -> Iterable[tuple[int, str, Layer, Ids]]:
 
 
 def _first_tensors(groups: Groups) -> Ids:
-    """Return for each class the number of the first tensor that makes it; readers count after
-    makers.
+    """Return for each class the number of the first tensor that makes it.
+
+    Weights of layers come first, then what else makes channels (biases, norms, tables), then
+    readers.
     """
     count = len(groups.labels)
-    first = np.full(groups.units.count, 2 * count, np.int64)
+    weights = {tensor for tensor, _ in groups.consumed}
+    first = np.full(groups.units.count, 3 * count, np.int64)
     for number, tensor, layer, classes in _layers(groups):
-        late = count if (tensor, layer.owner) in groups.consumed else 0
+        reads = (tensor, layer.owner) in groups.consumed
+        late = 2 * count if reads else 0 if tensor in weights else count
         first[classes] = np.minimum(first[classes], number + late)
     return first
 

@@ -48,6 +48,13 @@ def staging(parent: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _umask() -> int:
+    """Return the rights that new files lack; it can only be read by setting it."""
+    held = os.umask(0o022)
+    os.umask(held)
+    return held
+
+
 def publish(source: Path, target: Path) -> None:
     """Move ``source`` (a file or folder made in ``staging``) to ``target`` in one step.
 
@@ -59,6 +66,7 @@ def publish(source: Path, target: Path) -> None:
     files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
     try:
         for path in files:
+            path.chmod(0o666 & ~_umask())  # some writers leave files that only their owner reads
             with path.open("rb+") as stream:
                 os.fsync(stream.fileno())
         source.replace(target)

@@ -57,7 +57,7 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
             return [(path, size.arg, size.index if size.arg == "normalized_shape" else None)]
         found = _attributes(module, size.old)
         if isinstance(module, nn.MultiheadAttention):
-            found = [place for place in found if place[0] in ("num_heads", "head_dim")]
+            found = [place for place in found if place[0] == "num_heads"]
             return [(path, *place) for place in found]
         if found or not path:
             return [(path, *place) for place in found]

@@ -212,6 +212,7 @@ def _entries(call: Call, labels: Labels, names: Sequence[str]) -> list[tuple[str
         layer = None if labels.uniform else labels.at(axis, call.channels)
         if layer is not None and labels.shape[axis] > 1:
             named = tuple(names[x] for x in layer.axes)
+            call.channels.use(layer.ids)
             found.append((name, _Entry(named, layer, labels.owned(axis) is not None)))
     return found
 

@@ -240,6 +240,8 @@ def embedding(call: Call) -> Labels:
     call.freeze_all(indices, "an index tensor is data")
     call.freeze_axis(w, 0, "indexed by data")
     layer = w.owned(1)
+    if layer is not None:
+        call.channels.use(layer.ids)
     rank = len(call.shape)
     if layer is not None and len(layer.axes) > 1:
         call.freeze(layer.ids, "columns of a table that are coupled to its rows")
