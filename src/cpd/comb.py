@@ -18,7 +18,7 @@ from .errors import InputError, UnknownName
 from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
 from .labels import Labels, Layer
-from .pins import pin_queries
+from .pins import freeze_computed_scales, pin_queries
 from .rules import Factor, Size
 from .sizes import find_sites
 from .trace import Inputs, Trace, location, named_tensors, trace
@@ -61,7 +61,9 @@ def comb(
     _freeze_untouched(reader)
     _freeze_ignored(model, reader, ignored)
     _freeze_unheld(model, reader)
-    pins = pin_queries(reader)
+    freeze_computed_scales(model, reader)
+    own_scale = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    pins = pin_queries(reader, own_scale)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins)
     groups.options.update(exact=exact, unknown=unknown, ignore=[_name(model, x) for x in ignored])

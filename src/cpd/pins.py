@@ -8,14 +8,17 @@ it alone, its head size is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import isclose
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 
 from .channels import Ids
 from .graph import Pinned, Reader
 from .labels import Labels
+from .trace import location
 
 _LINEAR = frozenset(
     (
@@ -61,14 +64,14 @@ _MAKERS = {
 }
 
 
-def pin_queries(reader: Reader) -> list[Pinned]:
+def pin_queries(reader: Reader, own_scale: Sequence[str] = ()) -> list[Pinned]:
     """Find for each attention with a default scale the weight rows that make its query; freeze it
-    otherwise.
+    otherwise. Modules at the paths in `own_scale` keep their scale by themselves.
     """
     found = []
     for node, pin in reader.pins:
         layer = pin.labels.owned(pin.axis)
-        if layer is None:
+        if layer is None or location(node)[0] in own_scale:
             continue
         rows = _rows(reader, node, layer.ids)
         if rows is None:
@@ -79,6 +82,44 @@ def pin_queries(reader: Reader) -> list[Pinned]:
         else:
             found.append(Pinned(rows, pin.labels, pin.axis))
     return found
+
+
+def freeze_computed_scales(model: nn.Module, reader: Reader) -> None:
+    """Keep an axis by whose size (or its root) the code scales, unless an attribute holds the scale."""
+    for step in reader.steps:
+        scale = step.args.get("other")
+        if _op(step.node).rstrip("_") not in ("mul", "div") or not isinstance(scale, float):
+            continue
+        path = location(step.node)[0]
+        if isinstance(model.get_submodule(path), nn.MultiheadAttention) or _holds(
+            model, path, scale
+        ):
+            continue
+        for labels in _operands(reader, step.node.args[0]):
+            for axis, size in enumerate(labels.shape):
+                layer = labels.at(axis, reader.channels) if labels.carries(axis) else None
+                if layer is not None and any(isclose(scale, size**p) for p in (0.5, -0.5)):
+                    reader.channels.freeze_inner(layer.ids, "the code scales by this size")
+
+
+def _operands(reader: Reader, node: Any) -> list[Labels]:
+    """Return the labels of a value, and of what was contracted to make it."""
+    nodes = [node]
+    if isinstance(node, fx.Node) and _op(node) in ("matmul", "bmm", "einsum", "baddbmm"):
+        nodes += [x for arg in node.args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+    found = [reader.env.get(x) for x in nodes if isinstance(x, fx.Node)]
+    return [labels for labels in found if isinstance(labels, Labels)]
+
+
+def _holds(model: nn.Module, path: str, value: float) -> bool:
+    """Say whether a module, or one around it, has this number."""
+    while True:
+        held = vars(model.get_submodule(path)).values()
+        if any(isinstance(x, float) and isclose(x, value) for x in held):
+            return True
+        if not path:
+            return False
+        path = path.rpartition(".")[0]
 
 
 def _rows(reader: Reader, node: fx.Node, ids: Ids) -> dict[str, Ids] | None:

@@ -9,6 +9,7 @@ output is spread out again.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -34,6 +35,10 @@ class Reference(fx.Interpreter):
             if node.name in groups.trace.tensors:
                 self.labels[node] = groups.labels[groups.trace.tensors[node.name]]
         self.labels.update({step.node: step.out for step in groups.steps})
+        for node in groups.trace.graph.nodes:
+            source = self.labels.get(node.args[0]) if node.target is operator.getitem else None
+            if isinstance(source, list):
+                self.labels[node] = source[node.args[1]]
         floating = (t.dtype for t in tensors.values() if t.is_floating_point())
         self.dtype = next(floating, None)
         model_types = (p.dtype for p in groups.model.parameters() if p.is_floating_point())
@@ -75,9 +80,18 @@ class Reference(fx.Interpreter):
         step = self.steps.get(n)
         lossy = step is not None and step.lossy
         value = self._statistic(n) if lossy else self._plain(n)
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = self._defined(n, value)
         if self.watch is not None:
             self.watch(n, value)
         return value
+
+    def _defined(self, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
+        """Where a dead channel is not finite (0 / 0 after a statistic), it is zero."""
+        labels = self.labels.get(n)
+        if not isinstance(labels, Labels) or not labels.layers or bool(value.isfinite().all()):
+            return value
+        return torch.where(~self._mask(labels, value.shape) & ~value.isfinite(), 0.0, value)
 
     def _plain(self, n: fx.Node) -> Any:
         with self._set_current_node(n):

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .channels import Ids
 from .groups import Groups
 from .labels import Mask, new_shape
+from .rules import Size
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
 from .trace import location, quiet_state
@@ -65,7 +67,16 @@ def _loose(groups: Groups) -> Mask:
             continue  # a stale size of a shape raises, or is none
         for layer in (x for x in size.labels.layers if size.axis in x.axes):
             loose[groups.units.label[layer.ids]] = True
+    for site in (site for site in groups.sites if len(site.sizes) > 1):
+        parts = [_classes_of(groups, size) for size in site.sizes]
+        if len({part.tobytes() for part in parts}) > 1:  # two sizes of one value: which is it?
+            loose[np.concatenate(parts)] = True
     return loose
+
+
+def _classes_of(groups: Groups, size: Size) -> Ids:
+    layers = [layer.ids.ravel() for layer in size.labels.layers if size.axis in layer.axes]
+    return np.unique(groups.units.label[np.concatenate(layers)])
 
 
 def _classes(family: Family) -> list[int]:
