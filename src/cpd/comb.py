@@ -61,6 +61,7 @@ def comb(
     _freeze_untouched(reader)
     _freeze_ignored(model, reader, ignored)
     _freeze_unheld(model, reader)
+    _balance_shared(model, reader)
     freeze_computed_scales(model, reader)
     own_scale = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     pins = pin_queries(reader, own_scale)
@@ -131,6 +132,18 @@ def _consumed(reader: Reader) -> set[tuple[str, int]]:
 
 def _uses(reader: Reader) -> list[tuple[str, Size]]:
     return [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
+
+
+def _balance_shared(model: nn.Module, reader: Reader) -> None:
+    """Where one attribute is the width of rows of several tensors, they keep the same number."""
+    for site in find_sites(model, _uses(reader)):
+        rows: dict[bytes, Ids] = {}
+        for size in site.sizes:
+            layer = size.labels.owned(size.axis)
+            if layer is not None and layer.ids.ndim > 1:
+                rows[layer.ids.tobytes()] = layer.ids.reshape(-1, size.old)
+        if len(rows) > 1:
+            reader.channels.nest(np.concatenate(list(rows.values())))
 
 
 def _freeze_unheld(model: nn.Module, reader: Reader) -> None:

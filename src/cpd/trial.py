@@ -69,14 +69,17 @@ def _loose(groups: Groups) -> Mask:
             loose[groups.units.label[layer.ids]] = True
     for site in (site for site in groups.sites if len(site.sizes) > 1):
         parts = [_classes_of(groups, size) for size in site.sizes]
-        if len({part.tobytes() for part in parts}) > 1:  # two sizes of one value: which is it?
+        owned = {size.labels.owned(size.axis) is None for size in site.sizes}
+        if (
+            len(owned) > 1 or len({part.tobytes() for part in parts}) > 1
+        ):  # two sizes of one value: which is it?
             loose[np.concatenate(parts)] = True
     return loose
 
 
 def _classes_of(groups: Groups, size: Size) -> Ids:
-    layers = [layer.ids.ravel() for layer in size.labels.layers if size.axis in layer.axes]
-    return np.unique(groups.units.label[np.concatenate(layers)])
+    layers = [layer for layer in size.labels.layers if size.axis in layer.axes]
+    return np.unique(groups.units.label[np.concatenate([layer.ids.ravel() for layer in layers])])
 
 
 def _classes(family: Family) -> list[int]:
