@@ -85,7 +85,7 @@ def pin_queries(reader: Reader, own_scale: Sequence[str] = ()) -> list[Pinned]:
 
 
 def freeze_computed_scales(model: nn.Module, reader: Reader) -> None:
-    """Keep an axis by whose size (or its root) the code scales, unless an attribute holds the scale."""
+    """Keep an axis by the root of whose size the code scales, unless an attribute holds that."""
     for step in reader.steps:
         scale = step.args.get("other")
         if _op(step.node).rstrip("_") not in ("mul", "div") or not isinstance(scale, float):

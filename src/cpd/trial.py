@@ -67,7 +67,10 @@ def _loose(groups: Groups) -> Mask:
             continue  # a stale size of a shape raises, or is none
         for layer in (x for x in size.labels.layers if size.axis in x.axes):
             loose[groups.units.label[layer.ids]] = True
+    made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
     for site in (site for site in groups.sites if len(site.sizes) > 1):
+        if any(made[id(size)] != site.path for size in site.sizes):
+            continue  # an attribute of a module around it: equal by chance more often than not
         parts = [_classes_of(groups, size) for size in site.sizes]
         owned = {size.labels.owned(size.axis) is None for size in site.sizes}
         if (
