@@ -65,7 +65,11 @@ NETWORKS = {
         _timm("convnext_tiny"), 64, {}, (("channels", "mlp"),), (("channels", "stem"),)
     ),
     "deit_small_patch16_224": Network(
-        _timm("deit_small_patch16_224"), 64, {"img_size": 64}, VIT, (("channels", "cls_token"),)
+        _timm("deit_small_patch16_224"),
+        64,
+        {"img_size": 64},
+        VIT,
+        (("channels", "patch_embed.proj"),),
     ),
     "swin_tiny_patch4_window7_224": Network(
         _timm("swin_tiny_patch4_window7_224"),
@@ -75,14 +79,14 @@ NETWORKS = {
         (("channels", "patch_embed"), ("channels", "downsample")),
     ),
     "vit_tiny_patch16_224": Network(
-        _timm("vit_tiny_patch16_224"), 224, {}, VIT, (("channels", "cls_token"),)
+        _timm("vit_tiny_patch16_224"), 224, {}, VIT, (("channels", "patch_embed.proj"),)
     ),
     "vit_b_16": Network(
         lambda **options: torchvision.models.vit_b_16(**options),
         64,
         {"image_size": 64},
         (("heads", "self_attention"), ("head dims", "self_attention"), ("channels", "mlp")),
-        (("channels", "class_token"),),
+        (("channels", "conv_proj"),),
     ),
 }
 

@@ -34,16 +34,12 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         if inner == module.embed_dim == outer and module.num_heads * module.head_dim == inner:
             return
         if not isinstance(module, CutMultiheadAttention):
-            module.scale = (
-                module.head_dim**-0.5
-            )  # that of the whole layer, however narrow heads get
+            module.scale = module.head_dim**-0.5  # the whole layer's, however narrow heads get
         module.embed_dim = outer
         module.kdim = (module.in_proj_weight if packed else module.k_proj_weight).shape[1]
         module.vdim = (module.in_proj_weight if packed else module.v_proj_weight).shape[1]
         module.head_dim = inner // module.num_heads
-        module._qkv_same_embed_dim = (
-            False  # keeps callers off the fused path, which knows one width only
-        )
+        module._qkv_same_embed_dim = False  # the fused path knows one width only
         module.__class__ = CutMultiheadAttention
 
     def forward(

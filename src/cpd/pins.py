@@ -96,10 +96,14 @@ def freeze_computed_scales(model: nn.Module, reader: Reader) -> None:
         ):
             continue
         for labels in _operands(reader, step.node.args[0]):
-            for axis, size in enumerate(labels.shape):
-                layer = labels.at(axis, reader.channels) if labels.carries(axis) else None
-                if layer is not None and any(isclose(scale, size**p) for p in (0.5, -0.5)):
-                    reader.channels.freeze_inner(layer.ids, "the code scales by this size")
+            _freeze_sizes(reader, labels, scale)
+
+
+def _freeze_sizes(reader: Reader, labels: Labels, scale: float) -> None:
+    for axis, size in enumerate(labels.shape):
+        layer = labels.at(axis, reader.channels) if labels.carries(axis) else None
+        if layer is not None and any(isclose(scale, size**p) for p in (0.5, -0.5)):
+            reader.channels.freeze_inner(layer.ids, "the code scales by this size")
 
 
 def _operands(reader: Reader, node: Any) -> list[Labels]:
