@@ -1,4 +1,4 @@
-"""What the tests of the core share: random weights, random plans, and the law that cutting is zeroing."""
+"""What the tests of the core share: random weights, random plans, cutting is zeroing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIGHT = 1e-9
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in float64, eval mode, with every parameter and buffer random: no zero scale hides a mistake."""
+    """The model in float64 and eval mode, every tensor random: no zero scale hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():
@@ -47,7 +47,7 @@ def random_scores(groups: Groups, seed: int) -> dict[str, torch.Tensor]:
 
 
 def random_plans(groups: Groups, count: int = 4, seed: int = 0, **options: Any) -> Iterator[Plan]:
-    """Admissible plans: random scores, all rankings and strategies, from few units gone to all that may go."""
+    """Admissible plans: random scores, all rankings and strategies, few units gone to all."""
     rankings, strategies = ("global", "uniform", "isomorphic"), ("oneshot", "greedy")
     for k in range(count):
         share = (0.75, 0.01, 0.5, 0.3)[k % 4]
@@ -70,7 +70,7 @@ def run(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
 
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
-    """A full-size copy in which all that the plan removes is zero: written without a line of the library."""
+    """A full-size copy in which all that the plan removes is zero, by no code of the library."""
     twin = copy.deepcopy(model)
     tensors = {
         **dict(twin.named_buffers(remove_duplicate=False)),
@@ -83,7 +83,7 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def difference(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """The largest difference, relative to the largest wanted value; infinite where shapes differ."""
+    """The largest difference, relative to the largest wanted value; inf where shapes differ."""
     assert len(got) == len(wanted)
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):
@@ -131,7 +131,7 @@ def prove(
 
 
 class CutGraph(fx.Interpreter):
-    """The traced graph on cut tensors, with every literal size that a rule recorded in its new size.
+    """The traced graph on cut tensors, every literal size that a rule recorded in its new size.
 
     This is what the rules promise, whatever the Python code of the network can follow.
     """

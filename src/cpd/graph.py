@@ -94,6 +94,7 @@ class Reader:
         self.activation: dict[str, float] = {}
         self.unruled: dict[str, str] = {}
         self.env: dict[fx.Node, Any] = {}
+        self.weights: set[fx.Node] = set()
 
     def read(self) -> None:
         """Read every node in order."""
@@ -102,6 +103,9 @@ class Reader:
                 self.env[node] = self._placeholder(node)
             elif node.op == "call_function":
                 self.env[node] = self._call(node)
+            inputs = node.all_input_nodes
+            if node.name in self.trace.tensors or (inputs and self.weights.issuperset(inputs)):
+                self.weights.add(node)
             elif node.op == "output":
                 for value in _flat(self._lookup(node.args)):
                     self.channels.freeze(value.all_ids(), "model output")
@@ -155,7 +159,8 @@ class Reader:
         self.steps.append(Step(node, result, call.args, sizes, call.lossy))
         self.pins += [(node, pin) for pin in call.pins]
         self.macs += call.macs
-        self.consumed += call.consumed
+        if any(arg in self.weights for arg in node.args[1:3] if isinstance(arg, fx.Node)):
+            self.consumed += call.consumed
         self._note_activation(node, call)
         return result
 
