@@ -194,5 +194,5 @@ def _freeze(groups: Groups, families: list[Family], why: str) -> None:
         if family not in units.families:
             continue
         units.families = [f for f in units.families if f is not family]
-        flat = np.concatenate([np.asarray(c) for c in family.clusters])
-        units.frozen[flat[units.frozen[flat] < 0]] = len(units.reasons) - 1
+        closure = units.closure(_classes(family))
+        units.frozen[closure[units.frozen[closure] < 0]] = len(units.reasons) - 1

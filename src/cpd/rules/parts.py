@@ -179,8 +179,11 @@ def _balance(call: Call, x: Labels, axis: int, parts: int) -> None:
         return
     ids = layer.ids.reshape(*layer.ids.shape[:-1], parts, -1)
     call.channels.nest(ids)
-    for part in np.moveaxis(ids, -2, 0):
-        call.channels.keep_one(part)
+    blocks = call.channels.rows(ids)
+    if blocks.ndim == 1:
+        call.freeze(blocks, "one of equal parts, must not vanish")
+    else:  # inside a row all parts vanish with the row, or none
+        call.channels.unite(blocks, blocks[..., :1])
 
 
 @rule("select")
