@@ -84,6 +84,7 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
 
 def difference(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """The largest difference, relative to the largest wanted value; inf where shapes differ."""
+    got, wanted = [x.detach() for x in got], [x.detach() for x in wanted]
     assert len(got) == len(wanted)
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):

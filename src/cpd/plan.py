@@ -28,6 +28,13 @@ class Kept:
     axes: tuple[int, ...]
     mask: Mask
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Kept):
+            return NotImplemented
+        return self.axes == other.axes and np.array_equal(self.mask, other.mask)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """What is left of each axis, counted from the outside in."""

@@ -32,7 +32,10 @@ def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
         shapes=dict(groups.trace.shapes),
         aliases=dict(groups.trace.aliases),
         kept=kept,
-        attributes=attribute_values(groups.model, groups.sites, of_ids),
+        attributes={
+            path: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            for path, values in attribute_values(groups.model, groups.sites, of_ids).items()
+        },  # as JSON has them; `cut` gives tuples back
         rescale=_rescale(groups, of_ids),
         widths=_widths(groups, alive),
         costs={n: (groups.cost(n, everything), groups.cost(n, alive)) for n in groups.costs},

@@ -56,6 +56,8 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
         if isinstance(module, NORM_AND_CONV):
             return [(path, size.arg, size.index if size.arg == "normalized_shape" else None)]
         found = _attributes(module, size.old)
+        if size.arg == "split_sizes":  # a list of sizes is held in its own order
+            found = [place for place in found if place[1] in (None, size.index)]
         if isinstance(module, nn.MultiheadAttention):
             found = [place for place in found if place[0] == "num_heads"]
             return [(path, *place) for place in found]

@@ -48,8 +48,8 @@ def freeze_unfollowed(groups: Groups) -> None:
         if together is None and not open_:
             continue
         error = run(_without(groups, kind))
-        if error is None and open_:
-            error = run(_without(groups, kind, least=True))
+        for part in (kind[::2], kind[1::2]) if open_ else ():
+            error = error or run(_without(groups, part, least=True))
         if error is not None:
             _freeze(groups, kind, f"the code cannot follow: {error}")
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
