@@ -301,12 +301,17 @@ class _Solver:
             taken |= set(bound.items.ravel().tolist()) | set(bound.columns.tolist())
             clusters[np.sort(bound.columns).tobytes()] = bound.columns
         in_ties = {int(item) for bound in tied for item in bound.items.ravel()}
-        for bound in bounds:
-            for row in bound.items:
-                items = np.unique(row)
-                taken |= set(items.tolist())
-                if not set(items.tolist()) & in_ties:
-                    clusters.setdefault(items.tobytes(), items)
+        whole = False
+        for row in (row for bound in bounds for row in bound.items):
+            items = np.unique(row)
+            if len(items) == 1 < len(row) and not tied:
+                whole = True  # one channel all along: the row keeps its width, or goes
+                continue
+            taken |= set(items.tolist())
+            if not set(items.tolist()) & in_ties:
+                clusters.setdefault(items.tobytes(), items)
+        if whole:  # and so do those that keep the same number
+            return None, taken
         width = max(len(c) for c in clusters.values())
         if len({len(c) for c in clusters.values()}) > 1 or _share(clusters.values()):
             return None, taken
