@@ -103,7 +103,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             sources.append(Source(group, family, kept))
     found = _gathered(groups, sources, parts, limited)
     _rank(found, pools, rules.ranking)
-    return _protected(found)
+    return _protected(found, alive)
 
 
 class _Weights:
@@ -239,21 +239,23 @@ def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
         found.key[order] = (done - found.units[order] / 2) / total[pool]
 
 
-def _protected(found: Candidates) -> Candidates:
-    """Of every run that must not vanish, hold back the candidates from the best one on."""
-    if not found.groups.units.nonempty or not len(found):
-        return found
-    killer = np.full(found.groups.units.count, -1, np.int64)
+def _protected(found: Candidates, alive: Mask) -> Candidates:
+    """Of every run that must not vanish, hold back what would take its best channel, and what
+    follows that in its family.
+    """
     candidate, classes = found.classes
-    killer[classes] = candidate
     stays = np.ones(len(found), bool)
     for run in found.groups.units.nonempty:
-        numbers = killer[run]
-        numbers = numbers[stays[numbers]] if (numbers >= 0).all() else numbers[:0]
-        if len(numbers) == len(run) and len(run):
-            last = max(numbers.tolist(), key=lambda n: (found.key[n], n))
-            after = np.arange(len(found)) >= last
-            stays &= ~(after & (found.family == found.family[last]))
+        left = run[alive[run]]
+        mine = stays[candidate] & np.isin(classes, left)
+        first = np.full(len(alive), np.inf)
+        np.minimum.at(first, classes[mine], found.key[candidate[mine]])
+        if not len(left) or not np.isfinite(first[left]).all():
+            continue
+        best = left[first[left].argmax()]
+        for number in candidate[mine & (classes == best)].tolist():
+            after = np.arange(len(found)) >= number
+            stays &= ~(after & (found.family == found.family[number]))
     return _only(found, stays)
 
 

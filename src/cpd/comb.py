@@ -69,6 +69,7 @@ def comb(
     groups = _build(model, graph, reader, units, pins)
     groups.options.update(exact=exact, unknown=unknown, ignore=[_name(model, x) for x in ignored])
     units.families += _singles(units, _signatures(groups))
+    units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
     return finish(groups)
 
@@ -251,6 +252,17 @@ def _singles(units: Units, signature: np.ndarray) -> list[Family]:
         if len(left):
             families.append(Family("channels", (left,), len(classes)))
     return families
+
+
+def _bound_layers(groups: Groups) -> list[Ids]:
+    """Axes that run through rows: a family may be wider than they are, so they must not vanish."""
+    units, found = groups.units, {}
+    for labels in groups.labels.values():
+        for layer in labels.layers:
+            classes = np.unique(units.label[layer.ids])
+            if units.bound[classes].any() and not (units.frozen[classes] >= 0).any():
+                found[classes.tobytes()] = classes
+    return list(found.values())
 
 
 def _signatures(groups: Groups) -> np.ndarray:
