@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,49 +124,41 @@ class Attend(nn.Module):
         return x + out.transpose(1, 2).reshape(n, -1, h, w)
 
 
-def grouped(a: int, b: int, groups: int) -> nn.Module:
-    return nn.Conv2d(a, b, 3, padding=1, groups=groups)
+def activated(conv: nn.Module, width: int, norm: bool) -> nn.Module:
+    return nn.Sequential(conv, nn.BatchNorm2d(width) if norm else nn.Identity(), nn.Hardswish())
 
 
-def layer(draw: Any, a: int) -> tuple[nn.Module, int]:
-    """Draw a layer for `a` channels; return it with how many it puts out."""
-    b = draw(st.sampled_from([4, 6, 8, 12]))
-    kinds = ["conv", "norm", "depth", "group", "add", "gate", "dense", "gated", "parts", "shuffle"]
-    kind = draw(st.sampled_from([*kinds, "squeeze", "attend", "group norm", "layer norm"]))
-    groups = draw(st.sampled_from([g for g in (2, 3, 4) if a % g == 0 and b % g == 0] or [1]))
-    if kind == "conv":
-        return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GELU()), b
-    if kind == "norm":
-        return nn.Sequential(nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()), b
-    if kind == "depth":
-        return nn.Sequential(nn.Conv2d(a, 2 * a, 3, padding=1, groups=a), nn.Hardswish()), 2 * a
-    if kind == "group":
-        return grouped(a, b, groups), b
-    if kind in ("add", "gate"):
-        return Add(a, b, kind == "gate"), b
-    if kind == "dense":
-        return Dense(a, a + 5), a + 5
-    if kind == "gated":
-        return Gated(a, b), b
-    if kind == "parts":
-        return Parts(a, b), b
-    if kind == "shuffle":
-        return Shuffle(a, b, 2), b
-    if kind == "squeeze":
-        return Squeeze(a), a
-    if kind == "group norm":
-        return nn.GroupNorm(groups if a % groups == 0 else 1, a), a
-    if kind == "layer norm":
-        return nn.LayerNorm((a, SIZE, SIZE)), a
-    fused, norm = draw(st.booleans()), draw(st.booleans())
-    return Attend(a, draw(st.sampled_from([2, 3])), draw(st.sampled_from([3, 4])), fused, norm), a
+# name -> (channels in, channels out, groups that divide both) -> layer, channels that it puts out
+LAYERS: dict[str, Callable[[int, int, int], tuple[nn.Module, int]]] = {
+    "conv": lambda a, b, _: (activated(nn.Conv2d(a, b, 3, padding=1), b, False), b),
+    "norm": lambda a, b, _: (activated(nn.Conv2d(a, b, 1, bias=False), b, True), b),
+    "depthwise": lambda a, b, _: (nn.Conv2d(a, 2 * a, 3, padding=1, groups=a), 2 * a),
+    "grouped": lambda a, b, g: (nn.Conv2d(a, b, 3, padding=1, groups=g), b),
+    "add": lambda a, b, _: (Add(a, b, False), b),
+    "gate": lambda a, b, _: (Add(a, b, True), b),
+    "dense": lambda a, b, _: (Dense(a, a + 5), a + 5),
+    "gated": lambda a, b, _: (Gated(a, b), b),
+    "parts": lambda a, b, _: (Parts(a, b), b),
+    "shuffle": lambda a, b, _: (Shuffle(a, b, 2), b),
+    "squeeze": lambda a, b, _: (Squeeze(a), a),
+    "group norm": lambda a, b, g: (nn.GroupNorm(g, a), a),
+    "layer norm": lambda a, b, _: (nn.LayerNorm((a, SIZE, SIZE)), a),
+    "attention": lambda a, b, _: (Attend(a, 2, 3, False, False), a),
+    "attention, norm": lambda a, b, _: (Attend(a, 3, 4, False, True), a),
+    "attention, fused": lambda a, b, _: (Attend(a, 3, 3, True, False), a),
+    "attention, fused, norm": lambda a, b, _: (Attend(a, 2, 4, True, True), a),
+}
 
 
 @st.composite
 def networks(draw: Any) -> nn.Module:
     layers, width = [nn.Conv2d(IMAGE, 6, 1)], 6
     for _ in range(draw(st.integers(1, 4))):
-        made, width = layer(draw, width)
+        out = draw(st.sampled_from([4, 6, 8, 12]))
+        fit = [g for g in (2, 3, 4) if width % g == 0 and out % g == 0] or [1]
+        made, width = LAYERS[draw(st.sampled_from(sorted(LAYERS)))](
+            width, out, draw(st.sampled_from(fit))
+        )
         layers.append(made)
     head = draw(st.sampled_from(["flat", "mean", "conv"]))
     if head == "flat":
@@ -249,8 +243,6 @@ def test_cutting_nothing_and_cutting_twice(model: nn.Module, seed: int) -> None:
 @given(networks(), st.integers(0, 9))
 def test_saved_is_loaded(model: nn.Module, seed: int) -> None:
     """Law 5, and plans as JSON."""
-    import tempfile
-
     groups = cpd.comb(model, images(2))
     plan = next(random_plans(groups, 1, seed))
     again = Plan.from_json(plan.to_json())

@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from cpd.plan import Width
 
 from cpd.costs.latency import Latency
 from cpd.errors import ArtefactError, OutputError
 from cpd.groups import Frozen
+from cpd.plan import Width
 from cpd.report import Measures, Report, environment, plots
 
 EVIL = "<script>alert('x')</script> & $x^2$ \"quoted\" _x"
