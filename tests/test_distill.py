@@ -440,10 +440,9 @@ def test_rates():
     assert rates(linear, 4)[-1] == pytest.approx(0.625)
 
 
-@pytest.mark.parametrize("name", sorted(optimizers()))
+# SparseAdam takes sparse gradients and Muon matrices alone: this network has neither.
+@pytest.mark.parametrize("name", sorted(set(optimizers()) - {"SparseAdam", "Muon"}))
 def test_every_optimizer_can_be_named(name):
-    if name in ("SparseAdam", "Muon"):
-        pytest.skip("sparse gradients, or matrices alone: not for this network")
     lr = {} if name == "Adafactor" else {"lr": 1e-3}
     chosen = options(epochs=None, steps=2, optimizer={"name": name, **lr})
     assert distill(network(), data=Blobs(), options=chosen).history[-1]["step"] == 2
