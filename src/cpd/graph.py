@@ -95,6 +95,8 @@ class Reader:
         self.unruled: dict[str, str] = {}
         self.env: dict[fx.Node, Any] = {}
         self.weights: set[fx.Node] = set()
+        tensors = (node for node in trace.graph.nodes if node.name in trace.tensors and node.users)
+        self.used = {trace.tensors[node.name] for node in tensors}
 
     def read(self) -> None:
         """Read every node in order."""
@@ -128,7 +130,7 @@ class Reader:
             rows = self.channels.new(groups, 1, shape[1])
             ids = np.broadcast_to(rows, (groups, shape[0] // groups, shape[1])).reshape(shape[:2])
             layers = [layer for layer in layers if layer.axes != (1,)] + [Layer((0, 1), ids)]
-        if not node.users:
+        if self.trace.tensors[node.name] not in self.used:
             for layer in layers:
                 self.channels.freeze(layer.ids, "not used in the forward pass")
         return Labels(shape, tuple(layers))

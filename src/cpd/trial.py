@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .channels import Ids
 from .groups import Groups
-from .labels import Mask, new_shape
+from .labels import Mask, axis_size, new_shape
 from .rules import Size
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
@@ -35,6 +34,7 @@ def freeze_unfollowed(groups: Groups) -> None:
     Where attributes hold all literals one trial of everything will do. A literal that none holds
     may fit by chance, so families that change one are tried kind by kind, and at two widths.
     """
+    _settle(groups)
     suspects = _suspects(groups)
     if not suspects:
         return
@@ -67,22 +67,42 @@ def _loose(groups: Groups) -> Mask:
             continue  # a stale size of a shape raises, or is none
         for layer in (x for x in size.labels.layers if size.axis in x.axes):
             loose[groups.units.label[layer.ids]] = True
-    made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
-    for site in (site for site in groups.sites if len(site.sizes) > 1):
-        if any(made[id(size)] != site.path for size in site.sizes):
-            continue  # an attribute of a module around it: equal by chance more often than not
-        parts = [_classes_of(groups, size) for size in site.sizes]
-        owned = {size.labels.owned(size.axis) is None for size in site.sizes}
-        if (
-            len(owned) > 1 or len({part.tobytes() for part in parts}) > 1
-        ):  # two sizes of one value: which is it?
-            loose[np.concatenate(parts)] = True
     return loose
 
 
-def _classes_of(groups: Groups, size: Size) -> Ids:
+def _settle(groups: Groups) -> None:
+    """Where one attribute would hold two sizes that change apart, it holds neither.
+
+    An attribute is found by its value, and two sizes may have one value by chance. In the module
+    that makes both, none may change; an attribute of a module around it is left as it is.
+    """
+    made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
+    for site in [site for site in groups.sites if len(site.sizes) > 1]:
+        movers: dict[frozenset[int], list[Family]] = {}
+        for size in site.sizes:
+            found = [f for f in groups.units.families if f.width > 1 and _changes(groups, f, size)]
+            movers[frozenset(id(family) for family in found)] = found
+        movers.pop(frozenset(), None)
+        if len(movers) < 2:
+            continue
+        if all(made[id(size)] == site.path for size in site.sizes):
+            apart = {id(family): family for found in movers.values() for family in found}
+            why = f"{site.attribute} of {site.path or 'the network'} may mean two sizes"
+            _freeze(groups, list(apart.values()), why)
+        else:
+            groups.sites.remove(site)
+
+
+def _changes(groups: Groups, family: Family, size: Size) -> bool:
+    """Say whether a unit less of a family changes a size."""
+    closure = groups.units.closure([int(cluster[0]) for cluster in family.clusters])
     layers = [layer for layer in size.labels.layers if size.axis in layer.axes]
-    return np.unique(groups.units.label[np.concatenate([layer.ids.ravel() for layer in layers])])
+    mine = groups.units.label[np.concatenate([layer.ids.ravel() for layer in layers])]
+    if not np.isin(mine, closure).any():
+        return False
+    alive = groups.everything()
+    alive[closure] = False
+    return axis_size(size.labels, size.axis, alive[groups.units.label]) != size.old
 
 
 def _classes(family: Family) -> list[int]:
