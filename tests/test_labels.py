@@ -78,7 +78,7 @@ def left(values: np.ndarray, labels: Labels, of_ids: np.ndarray) -> np.ndarray:
 FREE = st.lists(st.booleans(), min_size=5, max_size=5)
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(reshapes(), FREE, st.integers(0, 99))
 def test_reshape_keeps_what_is_alive(
     shapes: tuple[tuple[int, ...], tuple[int, ...]], free: list[bool], seed: int
@@ -96,7 +96,7 @@ def test_reshape_keeps_what_is_alive(
     assert (got.ravel() == wanted.ravel()).all()
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(reshapes(), FREE, st.integers(0, 99), st.randoms(use_true_random=False))
 def test_reshape_and_permute_keep_what_is_alive(
     shapes: tuple[tuple[int, ...], tuple[int, ...]], free: list[bool], seed: int, random: object

@@ -313,6 +313,11 @@ class _Solver:
         if whole:  # and so do those that keep the same number
             return None, taken
         width = max(len(c) for c in clusters.values())
+        columns = [bound.columns for bound in tied if bound.columns is not None]
+        mine = {id(bound) for bound in bounds}
+        for bound in self.bounds if columns else ():
+            if id(bound) not in mine and np.isin(np.concatenate(columns), bound.items).any():
+                return None, taken  # these columns are the units of another fold
         if len({len(c) for c in clusters.values()}) > 1 or _share(clusters.values()):
             return None, taken
         free = tuple(c[self.frozen[c] < 0] for c in clusters.values())
