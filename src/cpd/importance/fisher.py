@@ -15,6 +15,8 @@ from ..errors import MissingGradient
 from ..groups import Groups, Member
 from .base import Scores, reduced
 
+Place = tuple[str, str]  # a module's path, and whether it reads ("in") or makes ("out") channels
+
 
 class Fisher:
     r"""Score of "Group Fisher Pruning for Practical Network Compression" (Liu et al., ICML 2021).
@@ -36,8 +38,7 @@ class Fisher:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._sums: Scores = {}
-        self._inputs: dict[str, list[torch.Tensor]] = {}
-        self._found: dict[str, torch.Tensor] = {}
+        self._found: dict[Place, torch.Tensor] = {}
         self._readers: dict[str, list[tuple[str, Member]]] = {}
         self._groups: Groups | None = None
 
@@ -47,24 +48,33 @@ class Fisher:
         self._groups = groups
         inner = getattr(model, "module", model) if hasattr(model, "module") else model
         self._readers = {group.name: _readers(inner, group.members) for group in groups}
-        for path in sorted({path for readers in self._readers.values() for path, _ in readers}):
-            outputs = any(
-                p == path and m.role == "out" for r in self._readers.values() for p, m in r
-            )
-            self._hook(inner.get_submodule(path), path, outputs)
+        places = {(path, m.role) for readers in self._readers.values() for path, m in readers}
+        for path, role in sorted(places):
+            self._hook(inner.get_submodule(path), (path, role))
         self.reset()
 
-    def _hook(self, module: nn.Module, path: str, outputs: bool) -> None:
-        def forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            value = result if outputs else args[0]
-            if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-                kept = value.detach()
-                value.register_hook(lambda gradient: self._take(module, path, kept, gradient))
+    def _hook(self, module: nn.Module, place: Place) -> None:
+        def watch(value: Any, kept: torch.Tensor) -> None:
+            value.register_hook(lambda gradient: self._take(module, place, kept, gradient))
 
-        self._handles.append(module.register_forward_hook(forward))
+        def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            if not args or not _differentiable(args[0]):
+                return None
+            mine = args[0].view_as(args[0])  # its gradient is that of this reader alone
+            watch(mine, mine.detach())
+            return (mine, *args[1:])
+
+        def after(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
+            if _differentiable(result):
+                watch(result, result.detach().clone())  # it may be changed in place
+
+        if place[1] == "in":
+            self._handles.append(module.register_forward_pre_hook(before))
+        else:
+            self._handles.append(module.register_forward_hook(after))
 
     def _take(
-        self, module: nn.Module, path: str, value: torch.Tensor, gradient: torch.Tensor
+        self, module: nn.Module, place: Place, value: torch.Tensor, gradient: torch.Tensor
     ) -> None:
         """Keep a * dL/da per sample and channel: (batch, channels)."""
         with torch.no_grad():
@@ -72,8 +82,8 @@ class Fisher:
             axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else product.ndim - 1
             rest = [k for k in range(1, product.ndim) if k != axis]
             per_sample = product.sum(rest) if rest else product
-            known = self._found.get(path)
-            self._found[path] = per_sample if known is None else known + per_sample
+            known = self._found.get(place)
+            self._found[place] = per_sample if known is None else known + per_sample
 
     def observe(self) -> None:
         """Square what the last backward pass left, and add it up."""
@@ -81,7 +91,7 @@ class Fisher:
         for group in self._groups:
             total: torch.Tensor | None = None
             for path, member in self._readers[group.name]:
-                found = self._found.get(path)
+                found = self._found.get((path, member.role))
                 if found is None:
                     continue
                 channel = _along(member)
@@ -121,6 +131,11 @@ class Fisher:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _differentiable(value: Any) -> bool:
+    tensor = isinstance(value, torch.Tensor)
+    return tensor and value.requires_grad and torch.is_grad_enabled()
 
 
 _READS = (nn.Linear, nn.modules.conv._ConvNd)
