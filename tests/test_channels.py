@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from cpd.channels import Channels, components
+from cpd.channels import Channels, Place, components
 
 EDGES = st.integers(1, 30).flatmap(
     lambda n: st.tuples(
@@ -97,7 +97,8 @@ def test_freezing_the_inner_axis_leaves_rows_free() -> None:
     channels.freeze_inner(ids, "why")
     channels.freeze_inner(flat, "why")
     assert channels.labels()[ids].tolist() == [[0, 0, 0], [3, 3, 3]]
-    assert [(frozen.tolist(), why) for frozen, why in channels.frozen] == [(flat.tolist(), "why")]
+    ((frozen, why),) = channels.frozen
+    assert (frozen.tolist(), why.text, why.place) == (flat.tolist(), "why", Place())
 
 
 def test_shapes_that_do_not_fit_are_a_bug() -> None:

@@ -16,12 +16,29 @@ NumPy only: nothing here knows about tensors, operators or networks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A call of the network: its operator, the path of the module that made it, "file:line"."""
+
+    op: str = ""
+    path: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a channel stays: in words, and the call that demands it."""
+
+    text: str
+    place: Place = field(default_factory=Place)
 
 
 @dataclass
@@ -41,10 +58,10 @@ class Channels:
     def __init__(self) -> None:
         self.count = 0
         self.folds: list[Fold] = []
-        self.frozen: list[tuple[Ids, str]] = []
+        self.frozen: list[tuple[Ids, Reason]] = []
         self.nonempty: list[Ids] = []
         self.used: list[Ids] = []
-        self.op = ""
+        self.place = Place()  # the call that is being read: what is demanded is its demand
         self._edges: list[tuple[Ids, Ids]] = []
         self._fold_of: dict[tuple[tuple[int, ...], bytes], tuple[Fold, bool]] = {}
 
@@ -62,9 +79,9 @@ class Channels:
             self._edges.append((a.ravel(), b.ravel()))
 
     def freeze(self, ids: Ids, reason: str) -> None:
-        """Keep these channels for good; `reason` is what the user reads."""
+        """Keep these channels for good; `reason` is what the user reads, with `place`."""
         if ids.size:
-            self.frozen.append((ids.ravel(), reason))
+            self.frozen.append((ids.ravel(), Reason(reason, self.place)))
 
     def use(self, ids: Ids) -> None:
         """Note that an operator computes with these channels (it does not only move them)."""
@@ -136,7 +153,7 @@ class Channels:
     def _fold(self, ids: Ids) -> tuple[Fold, bool]:
         key = _key(ids)
         if key not in self._fold_of:
-            fold = Fold(np.ascontiguousarray(ids), op=self.op)
+            fold = Fold(np.ascontiguousarray(ids), op=self.place.op)
             self.folds.append(fold)
             self._fold_of[key] = (fold, False)
         return self._fold_of[key]

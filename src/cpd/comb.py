@@ -7,13 +7,14 @@ found by trial and kept.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import numpy as np
 from torch import nn
 
-from .channels import Ids, components
+from .channels import Ids, Reason, components
 from .errors import InputError, UnknownName
 from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
@@ -24,6 +25,8 @@ from .sizes import find_sites
 from .trace import Inputs, Trace, location, named_tensors, trace
 from .trial import freeze_unfollowed
 from .units import Family, Units, solve
+
+_KEEPS_STEP = Reason("must keep step with channels that cannot go")
 
 
 def comb(
@@ -155,8 +158,10 @@ def _freeze_unheld(model: nn.Module, reader: Reader) -> None:
             whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
             if not whole or id(size) in held or 2 * size.old == whole:
                 continue
+            reader.at(step.node)
             for layer in (x for x in size.labels.layers if size.axis in x.axes):
                 reader.channels.freeze(layer.ids, "no attribute holds the bound of a slice")
+    reader.at(None)
 
 
 def _build(
@@ -322,7 +327,7 @@ def _layer_kinds(
 
 
 def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
-    """List every axis with indices that no unit removes."""
+    """List every axis with indices that no unit removes, once for each reason."""
     units = groups.units
     movable = np.zeros(units.count, bool)
     for closure in closures:
@@ -330,7 +335,7 @@ def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
     parameters = {name for name, _ in groups.model.named_parameters()}
     for _, tensor, layer, classes in _layers(groups):
         stuck = np.unique(classes[~movable[classes]]) if tensor in parameters else classes[:0]
-        if len(stuck):
-            known = [units.reason(int(c)) for c in stuck]
-            reason = next((r for r in known if r), "must keep step with channels that cannot go")
-            yield Frozen(tensor, layer.owner, reason, len(stuck))
+        counted = Counter(units.cause(int(c)) or _KEEPS_STEP for c in stuck)
+        for cause, count in counted.items():
+            at = cause.place
+            yield Frozen(tensor, layer.owner, cause.text, count, at.op, at.path, at.source)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .channels import Channels, Ids
+from .channels import Channels, Ids, Place
 from .errors import TraceError
 from .labels import Labels, Layer, Mask, layer_size
 from .rules import Call, Factor, Pin, Size, find
@@ -109,8 +109,17 @@ class Reader:
             if node.name in self.trace.tensors or (inputs and self.weights.issuperset(inputs)):
                 self.weights.add(node)
             elif node.op == "output":
-                for value in _flat(self._lookup(node.args)):
-                    self.channels.freeze(value.all_ids(), "model output")
+                for made in node.all_input_nodes:
+                    self.at(made)
+                    for value in _flat(self.env.get(made)):
+                        self.channels.freeze(value.all_ids(), "model output")
+        self.at(None)
+
+    def at(self, node: fx.Node | None) -> None:
+        """Say which call demands what is recorded from now on; None where none does."""
+        self.channels.place = Place()
+        if node is not None and node.op == "call_function":
+            self.channels.place = Place(op_name(node), location(node)[0], source_line(node))
 
     def _placeholder(self, node: fx.Node) -> Labels | None:
         value = node.meta.get("val")
@@ -152,6 +161,7 @@ class Reader:
         out = [_shape(value) for value in _tensors(node.meta.get("val"))]
         if not out:
             return None
+        self.at(node)
         call = self._bind(node, out)
         result = self._rule(node, call)
         if isinstance(result, Labels) and isinstance(node.meta.get("val"), tuple | list):
@@ -180,11 +190,9 @@ class Reader:
                     args[argument.name] = self._lookup(node.kwargs[argument.name])
                 elif argument.has_default_value() and argument.default_value is not None:
                     args[argument.name] = argument.default_value
-        name = schema.name.split("::")[-1] if schema is not None else str(target)
-        path, kind = location(node)
-        where = " ".join(x for x in (path, f"[{kind}]" if kind else "", source_line(node)) if x)
-        self.channels.op = name
-        return Call(name, args, out, self.channels, target, self.exact, where)
+        kind, place = location(node)[1], self.channels.place
+        where = " ".join(x for x in (place.path, f"[{kind}]" if kind else "", place.source) if x)
+        return Call(place.op, args, out, self.channels, target, self.exact, where)
 
     def _rule(self, node: fx.Node, call: Call) -> Any:
         rule = find(call.op) or (find("pointwise") if _is_pointwise(node.target) else None)
@@ -232,6 +240,12 @@ class Reader:
             axis = 1 if call.op.startswith(("conv", "batch_norm", "group_norm", "instance")) else -1
             total = float(np.prod(shape)) / max(self.trace.batch, 1)
             self.activation[name] = total / max(shape[axis] if shape else 1, 1)
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the name of a node's operator, without namespace and overload."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else str(node.target)
 
 
 def _is_pointwise(target: Any) -> bool:

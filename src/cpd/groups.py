@@ -20,12 +20,29 @@ from .units import Family, Units
 
 @dataclass(frozen=True)
 class Frozen:
-    """Indices of one axis of a tensor that stay, and why."""
+    """`count` indices of one axis of a tensor that stay, and why.
+
+    `op`, `path` and `source` name the call that demands it: the operator, the module that calls it
+    and the "file:line" of the code; "" where no single call does.
+    """
 
     tensor: str
     axis: int
     reason: str
     count: int
+    op: str = ""
+    path: str = ""
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """The call in words: "linear in head, net.py:12"; "" where no single call demands it."""
+        where = f"{self.op} in {self.path}" if self.op and self.path else self.op
+        return ", ".join(part for part in (where, self.source) if part)
+
+    def __str__(self) -> str:
+        place = f" ({self.place})" if self.place else ""
+        return f"{self.tensor} axis {self.axis}, {self.count} of it: {self.reason}{place}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,14 +168,15 @@ class Groups:
 
 
 def _frozen_lines(frozen: tuple[Frozen, ...]) -> list[str]:
-    by_reason: dict[str, list[Frozen]] = {}
+    by_reason: dict[tuple[str, str], list[Frozen]] = {}
     for item in frozen:
         if not item.reason.startswith("kernel axis"):
-            by_reason.setdefault(item.reason, []).append(item)
+            by_reason.setdefault((item.reason, item.place), []).append(item)
     if not by_reason:
         return []
     lines = ["  kept:"]
-    for reason, items in by_reason.items():
+    for (reason, place), items in by_reason.items():
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
-        lines.append(f"    {items[0].tensor} axis {items[0].axis}{more}: {reason}")
+        where = f" ({place})" if place else ""
+        lines.append(f"    {items[0].tensor} axis {items[0].axis}{more}: {reason}{where}")
     return lines

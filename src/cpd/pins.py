@@ -78,9 +78,11 @@ def pin_queries(reader: Reader, own_scale: Sequence[str] = ()) -> list[Pinned]:
             why = (
                 "the attention's default scale depends on the head size, and no weight can keep it"
             )
+            reader.at(node)
             reader.channels.freeze_inner(layer.ids, why)
         else:
             found.append(Pinned(rows, pin.labels, pin.axis))
+    reader.at(None)
     return found
 
 
@@ -95,8 +97,10 @@ def freeze_computed_scales(model: nn.Module, reader: Reader) -> None:
             model, path, scale
         ):
             continue
+        reader.at(step.node)
         for labels in _operands(reader, step.node.args[0]):
             _freeze_sizes(reader, labels, scale)
+    reader.at(None)
 
 
 def _freeze_sizes(reader: Reader, labels: Labels, scale: float) -> None:

@@ -7,10 +7,14 @@ tensors, so nothing on the model changes: no flag, hook, buffer or random state.
 
 from __future__ import annotations
 
+import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,8 @@ from torch import fx, nn
 
 from .errors import InputError, TraceError
 from .surgery import share
+
+_TORCH = str(Path(torch.__file__).parent)
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -88,7 +94,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
     copy = share(model).eval()
     with quiet_state():
         try:
-            exported = torch.export.export(copy, args, kwargs, strict=False)
+            with torch.no_grad():  # code that runs without gradients is then no graph of its own
+                exported = torch.export.export(copy, args, kwargs, strict=False)
         except Exception as error:
             raise _explained(copy, args, kwargs, error) from error
     return _trace_of(model, exported, args, kwargs)
@@ -159,10 +166,21 @@ def location(node: fx.Node) -> tuple[str, str]:
 
 
 def source_line(node: fx.Node) -> str:
-    """Return "file:line" of the Python code that made a node, or ""."""
-    text = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
-    if not lines:
+    """Return "file:line" of the Python code that made a node, or "".
+
+    It is the innermost line outside of PyTorch (the one inside where there is none), and the file
+    is named as it is imported: no path of the machine goes into a report.
+    """
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(file, line) for file, line in found if not file.startswith(_TORCH)]
+    if not found:
         return ""
-    file, _, rest = lines[-1].removeprefix("File ").partition(", line ")
-    return f"{file.strip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
+    file, line = (own or found)[-1]
+    return f"{_imported_as(file)}:{line}"
+
+
+@cache
+def _imported_as(file: str) -> str:
+    roots = [root for root in sys.path if root and Path(file).is_relative_to(root)]
+    path = Path(file)
+    return path.relative_to(max(roots, key=len)).as_posix() if roots else path.name

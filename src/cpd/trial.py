@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .channels import Reason
 from .groups import Groups
 from .labels import Mask, axis_size, new_shape
 from .rules import Size
@@ -209,7 +210,7 @@ def _to(value: Any, device: str) -> Any:
 def _freeze(groups: Groups, families: list[Family], why: str) -> None:
     """Take families out of choice, and remember why for the channels that only they remove."""
     units = groups.units
-    units.reasons.append(why)
+    units.reasons.append(Reason(why))
     for family in families:
         if family not in units.families:
             continue

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .channels import Channels, Fold, Ids, components
+from .channels import Channels, Fold, Ids, Reason, components
 
 KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups", "group channels")}
 
@@ -43,7 +43,7 @@ class Units:
 
     label: Ids
     count: int
-    reasons: list[str]
+    reasons: list[Reason]
     frozen: Ids
     families: list[Family]
     below: dict[int, Ids]
@@ -69,9 +69,14 @@ class Units:
             self._closures[block] = np.unique(np.concatenate([below, *inner]))
         return self._closures[block]
 
+    def cause(self, c: int) -> Reason | None:
+        """Return why a class stays and which call demands it, or None where it may go."""
+        return None if self.frozen[c] < 0 else self.reasons[self.frozen[c]]
+
     def reason(self, c: int) -> str | None:
         """Return why a class stays, or None where it may go."""
-        return None if self.frozen[c] < 0 else self.reasons[self.frozen[c]]
+        cause = self.cause(c)
+        return None if cause is None else cause.text
 
 
 @dataclass
@@ -99,7 +104,7 @@ class _Solver:
     def __init__(self, label: Ids, count: int, channels: Channels) -> None:
         self.label, self.count, self.channels = label, count, channels
         self.bounds = [self._bind(fold) for fold in channels.folds]
-        self.reasons: list[str] = []
+        self.reasons: list[Reason] = []
         self.frozen = np.empty(0, np.int64)
         self.conflicts: list[Ids] = []
         self.blocks: set[int] = set()
@@ -211,10 +216,10 @@ class _Solver:
     def freeze(self) -> None:
         """Spread the frozen: a row that keeps a channel stays, and so does a tied column."""
         self.frozen = np.full(self.count, -1, dtype=np.int64)
-        index: dict[str, int] = {}
+        index: dict[Reason, int] = {}
         for ids, reason in self.channels.frozen:
             self._mark(self.label[ids], index.setdefault(reason, len(index)))
-        overlap = "rows of different partitions overlap"
+        overlap = Reason("rows of different partitions overlap")
         for items in self.conflicts:
             self._mark(items, index.setdefault(overlap, len(index)))
         self.reasons = list(index)

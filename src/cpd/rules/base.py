@@ -64,14 +64,14 @@ class Call:
         return self.out[0]
 
     def freeze(self, ids: Ids, why: str) -> None:
-        """Keep these channels; the reason names the op and the place."""
-        self.channels.freeze(ids, self.reason(why))
+        """Keep these channels; `Channels.place` says which call demands it."""
+        self.channels.freeze(ids, why)
 
     def freeze_axis(self, labels: Labels, axis: int, why: str) -> None:
         """Keep the size of one axis (whole rows of an outer axis may still go)."""
         layer = labels.at(axis, self.channels)
         if layer is not None:
-            self.channels.freeze_inner(layer.ids, self.reason(why))
+            self.channels.freeze_inner(layer.ids, why)
 
     def freeze_indices(self, labels: Labels, axis: int, why: str) -> None:
         """Keep every index of one axis."""
@@ -103,10 +103,6 @@ class Call:
         elif self.exact:
             self.freeze_axis(labels, axis, f"exact: {why}")
         self.lossy = True
-
-    def reason(self, why: str) -> str:
-        """Return the text of a reason, with operator and place."""
-        return f"{why} ({self.op}{' in ' + self.where if self.where else ''})"
 
     def size(self, arg: str, index: int | None, old: int, labels: Labels, axis: int) -> None:
         """Record a literal size that must follow `axis` of `labels`."""
@@ -193,9 +189,7 @@ def align(
     for name, found in entries.items():
         if name in fixed:
             for entry in found:
-                call.channels.freeze_inner(
-                    entry.layer.ids, call.reason("meets an axis of fixed size")
-                )
+                call.channels.freeze_inner(entry.layer.ids, "meets an axis of fixed size")
         for entry in found:
             _unite(call, _main(found), entry)
     for name, found in entries.items():
@@ -238,14 +232,14 @@ def _unite(call: Call, main: _Entry, other: _Entry) -> None:
         columns = call.channels.columns(ids.reshape(-1, ids.shape[-1]))
         call.channels.unite(columns, other.layer.ids)
     else:
-        why = call.reason("an axis is coupled to two different ones")
+        why = "an axis is coupled to two different ones"
         call.channels.freeze(main.layer.ids, why)
         call.channels.freeze(other.layer.ids, why)
 
 
 def _statistic(call: Call, entry: _Entry, why: str) -> None:
     if call.exact:
-        call.channels.freeze_inner(entry.layer.ids, call.reason(f"exact: {why}"))
+        call.channels.freeze_inner(entry.layer.ids, f"exact: {why}")
     call.lossy = True
 
 

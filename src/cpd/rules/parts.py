@@ -62,7 +62,7 @@ def _joined_rows(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> 
         elif len(layer.axes) == 1:
             call.freeze(layer.ids, "concatenated with coupled rows")
         else:
-            call.channels.freeze_inner(layer.ids, call.reason("concatenated inside coupled rows"))
+            call.channels.freeze_inner(layer.ids, "concatenated inside coupled rows")
             rows.append(Layer(layer.axes[:-1], call.channels.rows(layer.ids), zero=False))
     same = len({e.axes for e in rows}) == 1 and len(rows) == len(tensors)
     if not same or len(rows[0].axes) > 1 or rest.owned(rows[0].owner) is not None:
@@ -209,58 +209,6 @@ def _selected(call: Call, x: Labels, axis: int, index: int) -> Labels:
     part = _slice(call, x, axis, index, index + 1)
     shape = (*x.shape[:axis], *x.shape[axis + 1 :])
     return reshape(part, shape, call.channels)
-
-
-@rule("index")
-def index(call: Call) -> Labels:
-    """Indexing by data: the indexed axes are fixed, the others move on."""
-    x, indices = call.args["self"], call.args["indices"]
-    used = [k for k, i in enumerate(indices) if i is not None]
-    for axis in used:
-        call.freeze_axis(x, axis, "indexed by data")
-        call.freeze_indices(x, axis, "indexed by data")
-        call.freeze_all(indices[axis], "an index tensor is data")
-    width = max(len(indices[axis].shape) for axis in used)
-    together = used == list(range(used[0], used[0] + len(used)))
-    at = used[0] if together else 0
-    rest = [k for k in range(len(x.shape)) if k not in used]
-    moved = {old: (new if new < at else new + width) for new, old in enumerate(rest)}
-    layers = tuple(
-        Layer(tuple(moved[a] for a in e.axes), e.ids, e.zero)
-        for e in x.layers
-        if not set(e.axes) & set(used)
-    )
-    for layer in x.layers:
-        if set(layer.axes) & set(used) and layer.owner not in used:
-            call.freeze(layer.ids, "indexed by data")
-    return Labels(call.shape, layers)
-
-
-@rule("embedding")
-def embedding(call: Call) -> Labels:
-    """Rows of a table by index: the table's rows are fixed, its columns move on."""
-    w, indices = call.args["weight"], call.args["indices"]
-    call.freeze_all(indices, "an index tensor is data")
-    call.freeze_axis(w, 0, "indexed by data")
-    layer = w.owned(1)
-    if layer is not None:
-        call.channels.use(layer.ids)
-    rank = len(call.shape)
-    if layer is not None and len(layer.axes) > 1:
-        call.freeze(layer.ids, "columns of a table that are coupled to its rows")
-        layer = None
-    return Labels(call.shape, () if layer is None else (replace(layer, axes=(rank - 1,)),))
-
-
-@rule("index_select")
-def index_select(call: Call) -> Labels:
-    """Entries of one axis by data."""
-    x = call.args["self"]
-    axis = positive(call.args["dim"], len(x.shape))
-    call.freeze_axis(x, axis, "indexed by data")
-    call.freeze_indices(x, axis, "indexed by data")
-    call.freeze_all(call.args["index"], "an index tensor is data")
-    return Labels(call.shape, tuple(e for e in x.layers if axis not in e.axes))
 
 
 @rule("glu")
