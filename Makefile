@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo bench slow lint format types layers clean
+.PHONY: setup test demo bench zoo slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -42,6 +42,13 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench
+
+$(VENV)/.zoo: $(STAMP)
+	$(PIP) -e '.[zoo]'
+	touch $@
+
+zoo: $(VENV)/.zoo
+	$(BIN)/python -m zoo --workers 2 --write-docs
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

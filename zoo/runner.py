@@ -1,0 +1,147 @@
+"""Run jobs in processes of their own with a time limit, and keep their rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "out" / "zoo"
+REDO = ("failed", "short", "stale", "all")
+
+Row = dict[str, Any]
+
+
+def path_of(output: Path, job: str, name: str) -> Path:
+    """Return the file of a network's row."""
+    return output / job / (re.sub(r"[^\w.-]+", "_", name) + ".json")
+
+
+def fingerprint() -> str:
+    """Return a hash of the code that makes the rows: the core's, not the zoo's."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "src" / "cpd").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read(output: Path, job: str, name: str) -> Row | None:
+    """Return the row that is kept, or None."""
+    path = path_of(output, job, name)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def status_of(row: Row) -> str:
+    """Return the worst status of a row's modes: timeout, error, unsound, then sound."""
+    if "ended" in row:
+        return "timeout" if "seconds" in row["ended"] else "error"
+    states = [mode.get("status", "error") for mode in row.get("modes", {}).values()] or ["error"]
+    return next((s for s in ("error", "unsound") if s in states), "sound")
+
+
+def reached(row: Row) -> bool:
+    """Whether the default mode comes down to half of the MACs."""
+    return bool(row.get("modes", {}).get("kept", {}).get("reached"))
+
+
+def wanted(row: Row | None, redo: str | None, job: str) -> bool:
+    """Whether a network has to run (again)."""
+    if row is None or redo == "all":
+        return True
+    failed = status_of(row) != "sound"
+    if redo == "failed":
+        return failed
+    if redo == "short":
+        return failed or (job == "prune" and not reached(row))
+    return redo == "stale" and row.get("fingerprint") != fingerprint()
+
+
+def run(job: str, name: str, limit: float, worker: str = "zoo.worker") -> Row:
+    """Run one job of one network; its row, as far as it came within `limit` seconds."""
+    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    code_of = fingerprint()
+    with tempfile.TemporaryFile("w+") as answers, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", worker, job, name],
+            stdout=answers,
+            stderr=errors,
+            env=environment,
+            cwd=ROOT,
+        )
+        try:
+            code = process.wait(limit)
+            ended = {"code": code} if code else None
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            ended = {"seconds": limit}
+        answers.seek(0)
+        row = _last(answers.read(), name)
+        if ended is not None:
+            errors.seek(0)
+            row["ended"] = {**ended, "message": (errors.read().strip().splitlines() or [""])[-1]}
+    return {**row, "fingerprint": code_of}
+
+
+def _last(text: str, name: str) -> Row:
+    for line in reversed(text.splitlines()):
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            continue  # cut off in the middle
+    return {"name": name, "stage": "start"}
+
+
+def keep(output: Path, job: str, row: Row) -> None:
+    """Write a row in one step."""
+    path = path_of(output, job, row["name"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(row, indent=1) + "\n")
+    draft.replace(path)
+
+
+def run_all(
+    names: Iterable[str], job: str, output: Path, limit: float, workers: int = 1
+) -> Iterator[Row]:
+    """Run one job of many networks and keep each row as soon as it is there."""
+
+    def one(name: str) -> Row:
+        row = run(job, name, limit)
+        keep(output, job, row)
+        return row
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(one, names)
+
+
+def summary(row: Row) -> str:
+    """Return a row on one line."""
+    text = f"{row['name']:<50} {status_of(row):<8}"
+    for key, mode in row.get("modes", {}).items():
+        share = f" {mode['macs']:.2f}" if "macs" in mode else ""
+        error = f" {mode['error']:.0e}" if mode.get("error") is not None else ""
+        message = f" [{mode['stage']}] {mode['message']}" if mode.get("message") else ""
+        text += f" | {key}{share}{error}{message[:160]}"
+    if "message" in row:
+        text += f" | [{row['stage']}] {row['message'][:160]}"
+    if "ended" in row:
+        stages = [mode["stage"] for mode in row.get("modes", {}).values()]
+        text += f" | ended {row['ended']} in {row.get('stage')} {stages}"
+    return text

@@ -1,0 +1,227 @@
+"""A process for one network: `python -m zoo.worker JOB NAME` prints its row after every stage.
+
+JOB is "prune" (both modes, everything but ONNX) or "onnx". The last line is the row as far as it
+came, so a network that runs out of time or memory still says where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+import cpd
+from cpd import _torchvision
+
+from . import checks
+from .registry import registry
+from .tensors import call, difference
+
+JOBS = ("prune", "onnx")
+MODES = {"exact": True, "kept": False}
+TARGET = "macs=0.5"
+MEMORY = 14 << 30  # bytes of address space: an error here, instead of a full machine
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Clock:
+    """Seconds of each step of one mode, and the step that is under way."""
+
+    def __init__(self, row: dict[str, Any], mode: dict[str, Any], emit: Emit) -> None:
+        self.row, self.mode, self.emit = row, mode, emit
+
+    def __call__(self, step: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one step on the clock."""
+        before, self.mode["stage"] = self.mode["stage"], step
+        self.emit(self.row)
+        start = perf_counter()
+        result = function(*args, **kwargs)
+        self.mode["seconds"][step] = round(perf_counter() - start, 3)
+        self.mode["stage"] = before  # where it was: a step can hold another
+        return result
+
+
+@contextlib.contextmanager
+def traced(clock: Clock) -> Iterator[None]:
+    """While it lasts, the clock sees the trace that `comb` makes."""
+    module = importlib.import_module("cpd.comb")  # the name `cpd.comb` is the function
+    trace = module.trace
+    module.trace = lambda *args: clock("trace", trace, *args)
+    try:
+        yield
+    finally:
+        module.trace = trace
+
+
+def prune(name: str, emit: Emit) -> None:
+    """Both modes of one network."""
+    row = _built(name, emit)
+    model, inputs = row.pop("built")
+    row["modes"] = {key: {"seconds": {}, "stage": "start"} for key in MODES}
+    for key, exact in MODES.items():
+        mode = row["modes"][key]
+        try:
+            _mode(model, inputs, exact, Clock(row, mode, emit))
+        except Exception as error:  # noqa: BLE001 - an exception is a result, and is reported
+            mode.update(status="error", message=checks.brief(error))
+        emit(row)
+
+
+def _built(name: str, emit: Emit) -> dict[str, Any]:
+    """Return the row of a network, with the network itself under "built"."""
+    network = registry()[name]
+    row: dict[str, Any] = {
+        "name": name, "library": network.library, "part": network.part, "note": network.note,
+        "stage": "build",
+    }  # fmt: skip
+    emit(row)
+    model, inputs = network.make()
+    with torch.no_grad():
+        outputs = call(model, inputs)
+    alive = [x for x in outputs if x.ndim and x.shape[0] == 2 and x.is_floating_point()]
+    row.update(
+        kind=type(model).__name__,
+        params=sum(p.numel() for p in model.parameters()),
+        live=not alive or any(difference([x[:1]], [x[1:]]) > 1e-3 for x in alive),
+        finite=all(bool(x.isfinite().any()) for x in outputs if x.is_floating_point()),
+        stage="run",
+    )
+    return {**row, "built": (model, inputs)}
+
+
+def _mode(model: nn.Module, inputs: Any, exact: bool, clock: Clock) -> None:
+    mode, seconds = clock.mode, clock.mode["seconds"]
+    with traced(clock):
+        groups = clock("comb", cpd.comb, model, inputs, exact=exact)
+    seconds["comb"] = round(seconds["comb"] - seconds["trace"], 3)
+    mode.update(found(groups))
+    scores = cpd.importance.score("random", model, groups)
+    plan = clock("choose", cpd.choose, groups, scores, TARGET, unreachable="closest")
+    small = clock("cut", cpd.cut, model, plan, verify=False)
+    before, after = plan.costs["macs"]
+    parameters = plan.costs["params"]
+    mode.update(
+        macs=round(after / max(before, 1), 4),
+        params=round(parameters[1] / max(parameters[0], 1), 4),
+        reached=after <= 0.5 * before,
+        kinds=_kinds(plan),
+    )
+    proof = clock("verify", cpd.verify, model, small, plan)
+    mode.update(
+        error=proof.max_error, proof=proof.mode, proved=bool(proof),
+        message="" if proof else f"{proof.where}; {proof.checks}"[:400],
+    )  # fmt: skip
+    mode["status"] = "sound" if proof else "unsound"
+    if proof.mode == "run":
+        mode["status"] = "error"
+        return
+    _further(model, small, plan, inputs, clock)
+    mode["stage"] = "done"
+
+
+def _further(model: nn.Module, small: nn.Module, plan: cpd.Plan, inputs: Any, clock: Clock) -> None:
+    """The checks after the proof: the first that fails makes the status."""
+    mode = clock.mode
+    all_checks = {
+        "batch": lambda: checks.other_batch(model, small, inputs),
+        "train": lambda: checks.training(model, small, inputs),
+        "copies": lambda: checks.copies(model, small, inputs),
+        "artefact": lambda: checks.artefact(model, small, plan, inputs),
+    }
+    mode["checks"] = {}
+    for key, check in all_checks.items():
+        mode["checks"][key] = answer = clock(key, checks.guarded, check)
+        if answer != checks.OK and not answer.startswith("as before") and mode["proved"]:
+            mode.update(status="error", message=f"{key}: {answer}")
+    with contextlib.suppress(NotImplementedError):
+        whole = checks.counted_macs(model, inputs)
+        mode["counted"] = round(checks.counted_macs(small, inputs) / max(whole, 1), 4)
+
+
+def found(groups: cpd.Groups) -> dict[str, Any]:
+    """Return what combing found: sizes, and what stays, by the parameters it holds."""
+    shapes = groups.trace.shapes
+    held: dict[str, dict[str, int]] = {}
+    for item in groups.frozen:
+        reason, shape = str(item.reason), shapes[item.tensor]
+        if not reason.startswith("kernel axis"):
+            size = 1
+            for length in shape:
+                size *= length
+            part = size // max(shape[item.axis], 1) * item.count
+            tensors = held.setdefault(reason, {})
+            tensors[item.tensor] = max(tensors.get(item.tensor, 0), min(part, size))
+    by_size = sorted(((sum(t.values()), r) for r, t in held.items()), reverse=True)
+    nodes = list(groups.trace.graph.nodes)
+    return {
+        "nodes": len(nodes),
+        "attentions": sum("scaled_dot_product" in str(node.target) for node in nodes),
+        "groups": len(groups),
+        "frozen": [[reason[:300], size] for size, reason in by_size[:3]],
+    }
+
+
+def _kinds(plan: cpd.Plan) -> dict[str, list[int]]:
+    """Return kind of unit -> families, units before, units after."""
+    kinds: dict[str, list[int]] = {}
+    for width in plan.widths:
+        entry = kinds.setdefault(width.family, [0, 0, 0])
+        entry[0] += 1
+        entry[1] += width.before
+        entry[2] += width.after
+    return kinds
+
+
+def export(name: str, emit: Emit) -> None:
+    """The network at half of its MACs as ONNX."""
+    row = _built(name, emit)
+    model, inputs = row.pop("built")
+    mode: dict[str, Any] = {"seconds": {}, "stage": "start"}
+    row["modes"] = {"kept": mode}
+    clock = Clock(row, mode, emit)
+    try:
+        groups = clock("comb", cpd.comb, model, inputs)
+        scores = cpd.importance.score("random", model, groups)
+        plan = cpd.choose(groups, scores, TARGET, unreachable="closest")
+        small = clock("cut", cpd.cut, model, plan, verify=False)
+        answer = clock("onnx", checks.in_onnx, model, small, inputs)
+    except Exception as error:  # noqa: BLE001 - an exception is a result, and is reported
+        mode.update(status="error", message=checks.brief(error))
+    else:
+        good = answer.startswith((checks.OK, "as before"))
+        mode.update(status="sound" if good else "error", message=answer, stage="done")
+    emit(row)
+
+
+def main() -> None:
+    """Run one job of one network; print its row after every stage."""
+    job, name = sys.argv[1:]
+    if sys.platform == "linux":
+        import resource  # not on every system
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    answers = sys.stdout
+
+    def emit(row: dict[str, Any]) -> None:
+        answers.write(json.dumps(row) + "\n")
+        answers.flush()
+
+    torch.set_num_threads(1)
+    _torchvision.ensure()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries may print
+        try:
+            {"prune": prune, "onnx": export}[job](name, emit)
+        except Exception as error:  # noqa: BLE001 - an exception is a result, and is reported
+            emit({"name": name, "stage": "build", "message": checks.brief(error)})
+
+
+if __name__ == "__main__":
+    main()
