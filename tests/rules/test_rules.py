@@ -171,7 +171,7 @@ CASES = [
     case("copy_ into space", inplace_slice, IMAGE, free=False),
     case("copy_ into channels", inplace_channels, IMAGE, free=False),
     case("fill_", lambda x: (x * 1.0).fill_(2.0) * x, IMAGE),
-    case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE, free=False),
+    case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE),
     case("masked_fill_", lambda x: (x * 1.0).masked_fill_(x > 0, 3.0), IMAGE),
     case("dropout_", lambda x: F.dropout(x * 1.0, 0.5, training=False, inplace=True), IMAGE),
     # made on the spot

@@ -36,6 +36,19 @@ _PROBED: dict[Any, bool | None] = {}  # facts about operators, the same for ever
     "fill",
     "hardswish",
     "prelu",
+    "where",
+    "zero",
+    "floor_divide",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__lshift__",
+    "__rshift__",
+    "isfinite",
+    "real",
+    "imag",
+    "complex",
+    "polar",
 )
 def pointwise(call: Call) -> Labels:
     """y[i] = f(a[i], b[i], ...)."""
