@@ -38,12 +38,13 @@ class Step:
 @dataclass(frozen=True)
 class Pinned:
     """`rows[tensor]`: rows to multiply by sqrt(size now / size before) of `axis` of the query's
-    labels.
+    labels. `path` is the module that computes the attention.
     """
 
     rows: dict[str, Ids]
     labels: Labels
     axis: int
+    path: str
 
 
 class Terms:
@@ -109,11 +110,14 @@ class Reader:
             if node.name in self.trace.tensors or (inputs and self.weights.issuperset(inputs)):
                 self.weights.add(node)
             elif node.op == "output":
-                for made in node.all_input_nodes:
-                    self.at(made)
-                    for value in _flat(self.env.get(made)):
-                        self.channels.freeze(value.all_ids(), "model output")
+                self._keep_outputs(node)
         self.at(None)
+
+    def _keep_outputs(self, output: fx.Node) -> None:
+        for made in output.all_input_nodes:
+            self.at(made)
+            for value in _flat(self.env.get(made)):
+                self.channels.freeze(value.all_ids(), "model output")
 
     def at(self, node: fx.Node | None) -> None:
         """Say which call demands what is recorded from now on; None where none does."""
