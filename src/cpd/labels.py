@@ -69,6 +69,12 @@ class Labels:
             ids = channels.rows(ids)
         return Layer(layer.axes[: ids.ndim], ids, layer.zero)
 
+    def governing(self, axis: int) -> Layer | None:
+        """Return the layer that says how many indices of `axis` are left: its own where it has
+        one, else one that it is an outer axis of.
+        """
+        return self.owned(axis) or next((x for x in self.layers if axis in x.axes), None)
+
     def carries(self, axis: int) -> bool:
         """Say whether anything may change the size of `axis`."""
         return any(axis in layer.axes for layer in self.layers)
@@ -98,10 +104,10 @@ def spread(layer: Layer, values: NDArray[Any], rank: int) -> NDArray[Any]:
 
 def axis_size(labels: Labels, axis: int, alive: Mask) -> int:
     """Return how many indices of `axis` are left, counted from the outside in."""
-    for layer in labels.layers:
-        if axis in layer.axes:
-            return layer_size(layer, layer.axes.index(axis), alive)
-    return labels.shape[axis]
+    layer = labels.governing(axis)
+    if layer is None:
+        return labels.shape[axis]
+    return layer_size(layer, layer.axes.index(axis), alive)
 
 
 def layer_size(layer: Layer, position: int, alive: Mask) -> int:
@@ -236,6 +242,9 @@ def _merge_owners(
 
 def _joined(outer: Layer, inner: Layer, channels: Channels) -> Layer:
     if outer.owner in inner.axes:
+        copied = _copied_rows(outer, inner, channels)
+        if copied is not None:
+            return replace(inner, ids=copied, zero=inner.zero or outer.zero)
         ids = inner.ids
         while ids.ndim > inner.axes.index(outer.owner) + 1:
             ids = channels.rows(ids)
@@ -254,3 +263,28 @@ def _joined(outer: Layer, inner: Layer, channels: Channels) -> Layer:
     if list(order) != sorted(order):
         channels.freeze(ids, "interleaved coupled axes are merged")
     return Layer(tuple(sorted(axes)), ids.transpose(order), outer.zero or inner.zero)
+
+
+def _copied_rows(outer: Layer, inner: Layer, channels: Channels) -> Ids | None:
+    """Give the copies of one row ids of their own, where `outer` says which copies are there.
+
+    Entry [i, j] is alive exactly when copy i and column j of the row that it is a copy of are.
+    """
+    if outer.axes != inner.axes[:-1]:
+        return None
+    rows = inner.ids.reshape(-1, inner.ids.shape[-1])
+    copies, owners = equal_rows(rows), outer.ids.ravel()
+    if len(copies) == len(rows) or any(len(np.unique(owners[c])) < len(c) for c in copies):
+        return None
+    ids = np.empty_like(rows)
+    for same in copies:
+        ids[same] = channels.product(owners[same], rows[same[0]])
+    return ids.reshape(inner.ids.shape)
+
+
+def equal_rows(rows: Ids) -> list[Ids]:
+    """Return the numbers of the rows, those that are equal together, in order."""
+    found: dict[bytes, list[int]] = {}
+    for number, row in enumerate(rows):
+        found.setdefault(row.tobytes(), []).append(number)
+    return [np.array(same, np.int64) for same in found.values()]

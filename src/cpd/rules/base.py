@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..channels import Channels, Ids
-from ..labels import Labels, Layer, place
+from ..labels import Labels, Layer, equal_rows, place
 
 Rule = Callable[["Call"], "Labels | list[Labels]"]
 Zero = Callable[[dict[int, bool]], bool]
@@ -113,7 +113,7 @@ class Call:
         """Record MACs: `times` x the product of these axes' sizes."""
         factors = []
         for labels, axis in axes:
-            layer = next((x for x in labels.layers if axis in x.axes), None)
+            layer = labels.governing(axis)
             if layer is None:
                 times *= labels.shape[axis]
             else:
@@ -157,6 +157,7 @@ class _Entry:
     names: tuple[str, ...]
     layer: Layer
     owned: bool
+    copied: bool = False
 
 
 Named = tuple[Labels, Sequence[str]]
@@ -207,7 +208,9 @@ def _entries(call: Call, labels: Labels, names: Sequence[str]) -> list[tuple[str
         if layer is not None and labels.shape[axis] > 1:
             named = tuple(names[x] for x in layer.axes)
             call.channels.use(layer.ids)
-            found.append((name, _Entry(named, layer, labels.owned(axis) is not None)))
+            owned = labels.owned(axis) is not None
+            copied = owned and any(labels.owned(x) is not None for x in layer.axes[:-1])
+            found.append((name, _Entry(named, layer, owned, copied)))
     return found
 
 
@@ -219,13 +222,15 @@ def _fixes(labels: Labels, names: Sequence[str], name: str) -> bool:
 
 
 def _main(found: list[_Entry]) -> _Entry:
-    return max(found, key=lambda entry: (len(entry.names), entry.owned))
+    return max(found, key=lambda entry: (len(entry.names), entry.owned, not entry.copied))
 
 
 def _unite(call: Call, main: _Entry, other: _Entry) -> None:
     if other is main:
         return
-    if main.names == other.names:
+    if main.names == other.names and other.copied:
+        _unite_copies(call, main.layer.ids, other.layer.ids)
+    elif main.names == other.names:
         call.channels.unite(main.layer.ids, other.layer.ids)
     elif len(other.names) == 1:
         ids = main.layer.ids
@@ -235,6 +240,19 @@ def _unite(call: Call, main: _Entry, other: _Entry) -> None:
         why = "an axis is coupled to two different ones"
         call.channels.freeze(main.layer.ids, why)
         call.channels.freeze(other.layer.ids, why)
+
+
+def _unite_copies(call: Call, ids: Ids, copies: Ids) -> None:
+    """Unite with rows of which several are copies of one: what reads these keeps its columns."""
+    ids, copies = ids.reshape(-1, ids.shape[-1]), copies.reshape(-1, copies.shape[-1])
+    found = equal_rows(copies)
+    if len(found) == len(copies):
+        call.channels.unite(ids, copies)
+        return
+    for same in found:
+        mine = ids[same]
+        columns = mine[0] if (mine == mine[0]).all() else call.channels.columns(mine)
+        call.channels.unite(columns, copies[same[0]])
 
 
 def _statistic(call: Call, entry: _Entry, why: str) -> None:

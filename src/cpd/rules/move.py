@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..labels import Labels, permute, reshape, spread, squeeze_constant
-from .base import Call, positive, rule
+from ..labels import Labels, Layer, permute, reshape, spread, squeeze_constant
+from .base import Call, align, positive, rule
 
 
 def _shape_sizes(call: Call, arg: str, out: Labels) -> Labels:
@@ -71,14 +71,41 @@ def transpose(call: Call) -> Labels:
     return permute(x, order, call.channels)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "broadcast_to")
 def expand(call: Call) -> Labels:
-    """Axes of size 1 repeated; new axes in front."""
-    x = call.args["self"]
-    offset = len(call.shape) - len(x.shape)
-    layers = tuple(replace(e, axes=tuple(a + offset for a in e.axes)) for e in x.layers)
-    out = Labels(call.shape, layers, x.uniform)
-    return _shape_sizes(call, "size", out)
+    """Axes of size 1 repeated, new axes in front: the copies may be fewer where they meet fewer."""
+    return _shape_sizes(call, "size", _expanded(call, call.args["self"], call.shape))
+
+
+@rule("expand_as")
+def expand_as(call: Call) -> Labels:
+    """Axes of size 1 repeated as often as another tensor is wide."""
+    names = [f"d{k}" for k in range(len(call.shape))]
+    x, other = call.args["self"], call.args["other"]
+    operands = [(x, names[len(names) - len(x.shape) :]), (other, names)]
+    return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))
+
+
+def _expanded(call: Call, x: Labels, shape: tuple[int, ...]) -> Labels:
+    """Return the labels after `expand`. Copies have ids of their own where rows are copied (the key
+    heads that several query heads read) or nothing; the copies of one channel are that channel.
+    """
+    offset = len(shape) - len(x.shape)
+    layers = [replace(e, axes=tuple(a + offset for a in e.axes)) for e in x.layers]
+    if x.uniform:
+        return Labels(shape, tuple(layers), uniform=True)
+    for axis in range(1, len(shape)):
+        if shape[axis] == 1 or (axis >= offset and x.shape[axis - offset] > 1):
+            continue
+        out = Labels(shape, tuple(layers))
+        rows = None if out.owned(axis - 1) else out.at(axis - 1, call.channels)
+        if rows is not None:
+            ids = call.channels.new(*rows.ids.shape, shape[axis])
+            call.channels.unite(call.channels.rows(ids), rows.ids)
+            layers.append(Layer((*rows.axes, axis), ids, zero=False))
+        elif not any(min(e.axes) < axis for e in layers):
+            layers.append(Layer((axis,), call.channels.new(shape[axis]), zero=False))
+    return Labels(shape, tuple(layers))
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
