@@ -93,9 +93,11 @@ def main(mode: str, out: Path) -> None:
     _torchvision.ensure()
     torch.set_num_threads(1)
     weights = distilled() if mode == "distill" else compressed(out / "run")
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights")
+    parallel = torch.distributed.is_initialized()
+    if not parallel or torch.distributed.get_rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights")
+    if parallel:
+        torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
 from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
+from .replace import Replacements
 from .rules import Factor, Size
 from .sizes import find_sites
 from .trace import Inputs, Trace, location, named_tensors, trace
@@ -36,6 +37,7 @@ def comb(
     ignore: Iterable[str | nn.Module] = (),
     exact: bool = False,
     unknown: str = "freeze",
+    keep_class: str = "loose",
 ) -> Groups:
     """Find the coupling groups of a network.
 
@@ -47,6 +49,8 @@ def comb(
             over channels), so that cutting equals zeroing.
         unknown: "freeze" keeps what an operator without a rule touches and says so; "error" refuses
             it.
+        keep_class: "loose" lets a module whose code computes a size that no attribute holds run a
+            forward as data, in a subclass of its class; "strict" keeps its channels instead.
 
     Raises:
         InputError: the model does not run on the inputs, or `ignore` names nothing.
@@ -54,6 +58,8 @@ def comb(
     """
     if unknown not in ("freeze", "error"):
         raise UnknownName("handling of unknown operators", unknown, ("freeze", "error"))
+    if keep_class not in ("loose", "strict"):
+        raise UnknownName("handling of classes", keep_class, ("loose", "strict"))
     ignored: list[str | nn.Module] = (
         [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
     )
@@ -63,14 +69,16 @@ def comb(
     _note_unused(model, reader)
     _freeze_untouched(reader)
     _freeze_ignored(model, reader, ignored)
-    _freeze_unheld(model, reader)
+    replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
+    _freeze_unheld(model, reader, replaced)
     _balance_shared(model, reader)
-    freeze_computed_scales(model, reader)
+    freeze_computed_scales(model, reader, replaced)
     own_scale = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    pins = pin_queries(reader, own_scale)
+    pins = pin_queries(reader, replaced, own_scale)
     units = solve(reader.channels)
-    groups = _build(model, graph, reader, units, pins)
-    groups.options.update(exact=exact, unknown=unknown, ignore=[_name(model, x) for x in ignored])
+    groups = _build(model, graph, reader, units, pins, replaced)
+    groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
+    groups.options["ignore"] = [_name(model, x) for x in ignored]
     units.families += _singles(units, _signatures(groups))
     units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
@@ -150,22 +158,33 @@ def _balance_shared(model: nn.Module, reader: Reader) -> None:
             reader.channels.nest(np.concatenate(list(rows.values())))
 
 
-def _freeze_unheld(model: nn.Module, reader: Reader) -> None:
-    """Keep what moves the bound of a slice that no attribute holds; a half may be computed."""
+def _freeze_unheld(model: nn.Module, reader: Reader, replaced: Replacements) -> None:
+    """Keep what moves the bound of a slice that neither an attribute nor a replaced forward holds.
+
+    A half may be computed.
+    """
     held = {id(size) for site in find_sites(model, _uses(reader)) for size in site.sizes}
     for step in reader.steps:
         for size in step.sizes:
             whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
             if not whole or id(size) in held or 2 * size.old == whole:
                 continue
+            path, why = location(step.node)[0], "no attribute holds the bound of a slice"
+            if path in replaced.active or replaced.enable([path], why):
+                continue
             reader.at(step.node)
             for layer in (x for x in size.labels.layers if size.axis in x.axes):
-                reader.channels.freeze(layer.ids, "no attribute holds the bound of a slice")
+                reader.channels.freeze(layer.ids, why)
     reader.at(None)
 
 
 def _build(
-    model: nn.Module, graph: Trace, reader: Reader, units: Units, pins: list[Pinned]
+    model: nn.Module,
+    graph: Trace,
+    reader: Reader,
+    units: Units,
+    pins: list[Pinned],
+    replaced: Replacements,
 ) -> Groups:
     costs = {
         "macs": Terms(reader.macs, per=max(graph.batch, 1)),
@@ -178,6 +197,7 @@ def _build(
         steps=reader.steps,
         sites=find_sites(model, _uses(reader)),
         pins=pins,
+        replaced=replaced,
         costs=costs,
         groups=(),
         frozen=(),

@@ -29,7 +29,7 @@ def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
     held = dict(_first_named(model, plan))
     for name in {**plan.kept, **plan.rescale}:
         tensors[name] = cut_tensor(held[name], plan, name)
-    small = rebuild(model, tensors, _attributes(model, plan))
+    small = rebuild(model, tensors, _attributes(model, plan), plan.forwards)
     if verify:
         from .verify import verify as prove  # verify reads cut_tensor, so the import waits
 
@@ -69,7 +69,8 @@ def _narrowed(tensor: torch.Tensor, part: Kept) -> torch.Tensor:
     first = list(part.axes)
     rest = [axis for axis in range(tensor.ndim) if axis not in part.axes]
     moved = tensor.permute(*first, *rest)
-    left = moved[torch.from_numpy(part.mask).to(tensor.device)]
+    alive = [torch.from_numpy(at).to(tensor.device) for at in np.nonzero(part.mask)]
+    left = moved[tuple(alive)]  # numbers, not a mask: these need no values to know the shape
     left = left.reshape(*part.sizes, *left.shape[1:])
     back = [0] * tensor.ndim
     for position, axis in enumerate(first + rest):

@@ -13,6 +13,7 @@ from .channels import Ids
 from .errors import InputError
 from .graph import Pinned, Step, Terms
 from .labels import Labels, Mask, spread
+from .replace import Replacements
 from .sizes import Site
 from .trace import Trace
 from .units import Family, Units
@@ -105,6 +106,7 @@ class Groups:
     steps: list[Step]
     sites: list[Site]
     pins: list[Pinned]
+    replaced: Replacements
     costs: dict[str, Terms]
     groups: tuple[CouplingGroup, ...]
     frozen: tuple[Frozen, ...]

@@ -8,7 +8,7 @@ it alone, its head size is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isclose
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from .channels import Ids
 from .graph import Pinned, Reader
-from .labels import Labels
+from .labels import Labels, Layer
+from .replace import Replacements
 from .trace import location
 
 _LINEAR = frozenset(
@@ -64,30 +65,40 @@ _MAKERS = {
 }
 
 
-def pin_queries(reader: Reader, own_scale: Sequence[str] = ()) -> list[Pinned]:
-    """Find for each attention with a default scale the weight rows that make its query; freeze it
-    otherwise. Modules at the paths in `own_scale` keep their scale by themselves.
+def pin_queries(
+    reader: Reader, replaced: Replacements, own_scale: Sequence[str] = ()
+) -> list[Pinned]:
+    """Find for each attention with a default scale the weight rows that make its query.
+
+    Where there are none, the forward that computes it is replaced by one that writes the scale; or
+    the head size is kept. Modules at the paths in `own_scale` keep their scale by themselves.
     """
     found = []
     for node, pin in reader.pins:
         layer = pin.labels.owned(pin.axis)
-        if layer is None or location(node)[0] in own_scale:
+        path = location(node)[0]
+        if layer is None or path in own_scale:
             continue
         rows = _rows(reader, node, layer.ids)
-        if rows is None:
+        template = replaced.template(path) if rows is None else None
+        if rows is not None:
+            found.append(Pinned(rows, pin.labels, pin.axis, path))
+        elif template is not None and template.scales:
+            replaced.enable([path], "the attention's default scale depends on the head size")
+        else:
             why = (
                 "the attention's default scale depends on the head size, and no weight can keep it"
             )
             reader.at(node)
             reader.channels.freeze_inner(layer.ids, why)
-        else:
-            found.append(Pinned(rows, pin.labels, pin.axis))
     reader.at(None)
     return found
 
 
-def freeze_computed_scales(model: nn.Module, reader: Reader) -> None:
-    """Keep an axis by the root of whose size the code scales, unless an attribute holds that."""
+def freeze_computed_scales(model: nn.Module, reader: Reader, replaced: Replacements) -> None:
+    """Where the code scales by the root of a size and no attribute holds that, the forward is
+    replaced by one that has the number; or the axis is kept.
+    """
     for step in reader.steps:
         scale = step.args.get("other")
         if _op(step.node).rstrip("_") not in ("mul", "div") or not isinstance(scale, float):
@@ -98,16 +109,21 @@ def freeze_computed_scales(model: nn.Module, reader: Reader) -> None:
         ):
             continue
         reader.at(step.node)
-        for labels in _operands(reader, step.node.args[0]):
-            _freeze_sizes(reader, labels, scale)
+        for layer in _roots(reader, step.node.args[0], scale):
+            why = "the code scales by this size"
+            if path not in replaced.active and not replaced.enable([path], why):
+                reader.channels.freeze_inner(layer.ids, why)
     reader.at(None)
 
 
-def _freeze_sizes(reader: Reader, labels: Labels, scale: float) -> None:
-    for axis, size in enumerate(labels.shape):
-        layer = labels.at(axis, reader.channels) if labels.carries(axis) else None
-        if layer is not None and any(isclose(scale, size**p) for p in (0.5, -0.5)):
-            reader.channels.freeze_inner(layer.ids, "the code scales by this size")
+def _roots(reader: Reader, node: Any, scale: float) -> Iterator[Layer]:
+    """Return the layers of axes whose size's root is the scale."""
+    for labels in _operands(reader, node):
+        for axis, size in enumerate(labels.shape):
+            if labels.carries(axis) and any(isclose(scale, size**p) for p in (0.5, -0.5)):
+                layer = labels.at(axis, reader.channels)
+                if layer is not None:
+                    yield layer
 
 
 def _operands(reader: Reader, node: Any) -> list[Labels]:

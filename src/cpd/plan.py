@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from .errors import ArtefactError, PlanMismatch
+from .forward import Forward
 from .labels import Mask
 from .trace import named_tensors
 
 if TYPE_CHECKING:
     from .groups import Groups
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,8 @@ class Plan:
 
     `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
     `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was
-    made for. `costs`: name -> (before, after), exact.
+    made for. `forwards`: module path -> what it computes, where its own code cannot follow.
+    `costs`: name -> (before, after), exact.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Plan:
     costs: dict[str, tuple[int, int]]
     options: dict[str, Any]
     inputs: dict[str, Any]
+    forwards: dict[str, Forward] = field(default_factory=dict)
     groups: Groups | None = field(default=None, compare=False, repr=False)
 
     def masks(self) -> dict[str, torch.Tensor]:
@@ -135,7 +138,7 @@ class Plan:
             self.model, self.shapes, self.aliases, kept, attributes, self._rescaled(later),
             _widths_then(self.widths, later.widths),
             {key: (self.costs[key][0], later.costs[key][1]) for key in self.costs},
-            later.options, self.inputs,
+            later.options, self.inputs, {**self.forwards, **later.forwards},
         )  # fmt: skip
 
     def _rescaled(self, later: Plan) -> dict[str, tuple[tuple[int, ...], float]]:
@@ -170,6 +173,7 @@ class Plan:
                     for name, parts in self.kept.items()
                 },
                 "attributes": self.attributes,
+                "forwards": {path: forward.to_data() for path, forward in self.forwards.items()},
                 "rescale": {
                     name: {"rows": _runs_of(rows), "factor": factor}
                     for name, (rows, factor) in self.rescale.items()
@@ -286,7 +290,7 @@ def _numbers(runs: str, limit: int) -> np.ndarray:
 
 
 def _from_dict(data: Mapping[str, Any]) -> Plan:
-    if data["format"] != FORMAT:
+    if data["format"] not in (1, FORMAT):
         raise ValueError(f"format {data['format']}")
     shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
     kept = {name: _parts_from(parts, shapes[name]) for name, parts in data["kept"].items()}
@@ -304,6 +308,9 @@ def _from_dict(data: Mapping[str, Any]) -> Plan:
         costs={key: (int(before), int(after)) for key, (before, after) in data["costs"].items()},
         options=data["options"],
         inputs=data["inputs"],
+        forwards={
+            path: Forward.from_data(forward) for path, forward in data.get("forwards", {}).items()
+        },  # format 1 had none
     )
 
 

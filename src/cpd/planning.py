@@ -37,6 +37,7 @@ def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
             for path, values in attribute_values(groups.model, groups.sites, of_ids).items()
         },  # as JSON has them; `cut` gives tuples back
         rescale=_rescale(groups, of_ids),
+        forwards=groups.replaced.at(of_ids),
         widths=_widths(groups, alive),
         costs={n: (groups.cost(n, everything), groups.cost(n, alive)) for n in groups.costs},
         options=options,
@@ -48,6 +49,8 @@ def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
 def _rescale(groups: Groups, of_ids: Mask) -> dict[str, tuple[tuple[int, ...], float]]:
     result = {}
     for pin in groups.pins:
+        if pin.path in groups.replaced.active:
+            continue  # the forward that replaces the module's own has the scale
         new = axis_size(pin.labels, pin.axis, of_ids)
         old = pin.labels.shape[pin.axis]
         if new != old:

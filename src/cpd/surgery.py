@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .attention import CutMultiheadAttention
+from .forward import Forward, adopt
 
 Attributes = Mapping[str, Mapping[str, Any]]
 
@@ -25,12 +26,15 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def rebuild(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], attributes: Attributes
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Attributes,
+    forwards: Mapping[str, Forward] | None = None,
 ) -> nn.Module:
     """Return a deep copy of `model` with `tensors` in place of those of the same name (any alias
     will do).
 
-    `attributes` maps module path -> attribute -> new value.
+    `attributes` maps module path -> attribute -> new value, `forwards` module path -> forward.
     """
     memo: dict[int, Any] = {}
     for name, tensor in tensors.items():
@@ -48,6 +52,8 @@ def rebuild(
     for path, module in result.named_modules(remove_duplicate=False):
         if path in touched or isinstance(module, nn.MultiheadAttention):
             refresh(module)
+    for path, forward in (forwards or {}).items():
+        adopt(result.get_submodule(path), forward)
     return result
 
 

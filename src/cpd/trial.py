@@ -20,12 +20,14 @@ from torch import nn
 from .channels import Reason
 from .groups import Groups
 from .labels import Mask, axis_size, new_shape
+from .replace import Disagreement
 from .rules import Size
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
 from .trace import location, quiet_state
 from .units import Family
 
+Run = Callable[[Mask], str | None]
 _PARTS = ("start", "end", "length", "groups", "num_groups", "split_size")
 
 
@@ -48,22 +50,67 @@ def freeze_unfollowed(groups: Groups) -> None:
         open_ = any(loose[groups.units.closure(_classes(f))].any() for f in kind)
         if together is None and not open_:
             continue
-        error = run(_without(groups, kind))
-        for part in (kind[::2], kind[1::2]) if open_ else ():
-            error = error or run(_without(groups, part, least=True))
+        error = _tried(groups, kind, run, halves=open_)
+        if error is not None:
+            error = _tried_replaced(groups, kind, run, error)
         if error is not None:
             _freeze(groups, kind, f"the code cannot follow: {error}")
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
     error = run(_without(groups, kept))
     if error is not None:
+        error = _tried_replaced(groups, kept, run, error)
+    if error is not None:
         _freeze(groups, kept, f"the code cannot follow together with others: {error}")
+
+
+def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> str | None:
+    error = run(_without(groups, kind))
+    for part in (kind[::2], kind[1::2]) if halves else ():
+        error = error or run(_without(groups, part, least=True))
+    return error
+
+
+def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: str) -> str | None:
+    """Try again with replaced forwards: where no attribute holds a size, then where one does."""
+    places = _touched(groups, kind)
+    for paths in ([p for p, held in places.items() if not held], list(places)):
+        added = groups.replaced.enable(paths, error)
+        if added:
+            again = _tried(groups, kind, run, halves=True)
+            if again is None:
+                return None
+            groups.replaced.disable(added)
+            error = again
+    reasons = {
+        f"{p or 'the network'}: {groups.replaced.why_not[p]}"
+        for p in places
+        if p in groups.replaced.why_not
+    }
+    return "; ".join([error, *sorted(reasons)[:2]])
+
+
+def _touched(groups: Groups, kind: list[Family]) -> dict[str, bool]:
+    """Return the modules whose literals the families change, and whether attributes hold all."""
+    held = {id(size) for site in groups.sites for size in site.sizes}
+    mine = np.zeros(groups.units.count, bool)
+    for family in kind:
+        mine[groups.units.closure(_classes(family))] = True
+    found: dict[str, bool] = {}
+    for step, size in ((x, size) for x in groups.steps for size in x.sizes):
+        path = location(step.node)[0]
+        layers = [x for x in size.labels.layers if size.axis in x.axes]
+        if any(mine[groups.units.label[layer.ids]].any() for layer in layers):
+            found[path] = found.get(path, True) and id(size) in held
+    return found
 
 
 def _loose(groups: Groups) -> Mask:
     """Return the classes that change a number of parts which no attribute holds."""
     held = {id(size) for site in groups.sites for size in site.sizes}
     loose = np.zeros(groups.units.count, bool)
-    for size in (size for step in groups.steps for size in step.sizes if id(size) not in held):
+    for step, size in ((x, size) for x in groups.steps for size in x.sizes):
+        if id(size) in held or location(step.node)[0] in groups.replaced.active:
+            continue
         if size.arg not in _PARTS:
             continue  # a stale size of a shape raises, or is none
         for layer in (x for x in size.labels.layers if size.axis in x.axes):
@@ -86,12 +133,18 @@ def _settle(groups: Groups) -> None:
         movers.pop(frozenset(), None)
         if len(movers) < 2:
             continue
-        if all(made[id(size)] == site.path for size in site.sizes):
+        why = f"{site.attribute} may mean two sizes"
+        own = all(made[id(size)] == site.path for size in site.sizes)
+        if (
+            not own
+            or site.path in groups.replaced.active
+            or groups.replaced.enable([site.path], why)
+        ):
+            groups.sites.remove(site)
+        else:
             apart = {id(family): family for found in movers.values() for family in found}
             why = f"{site.attribute} of {site.path or 'the network'} may mean two sizes"
             _freeze(groups, list(apart.values()), why)
-        else:
-            groups.sites.remove(site)
 
 
 def _changes(groups: Groups, family: Family, size: Size) -> bool:
@@ -145,7 +198,7 @@ def _without(groups: Groups, families: Iterable[Family], *, least: bool = False)
     return alive
 
 
-def _runner(groups: Groups) -> Callable[[Mask], str | None]:
+def _runner(groups: Groups) -> Run:
     """Return a function that cuts on the meta device, runs, and tells the error or None."""
     expected = _output_shapes(groups)
 
@@ -186,7 +239,11 @@ def _run(
             tensors[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         elif shape != tuple(tensor.shape):
             tensors[name] = tensor.detach()[tuple(slice(0, n) for n in shape)]
-    small = rebuild(model, tensors, attribute_values(model, groups.sites, of_ids)).eval()
+    try:
+        forwards = groups.replaced.at(of_ids)
+    except Disagreement as error:
+        return str(error)
+    small = rebuild(model, tensors, attribute_values(model, groups.sites, of_ids), forwards).eval()
     args, kwargs = _to(groups.trace.args, device), _to(groups.trace.kwargs, device)
     try:
         with quiet_state(), torch.no_grad():

@@ -1,0 +1,338 @@
+"""Replace: which modules run a forward as data, and which of its literals carry channels.
+
+A module whose code computes a size that no attribute holds (`C // num_heads`) cannot follow a cut
+by itself. Its forward is captured (`capture`); the calls are matched with those of the traced
+network, which know for every literal whose axis it is; a plan then only writes the new numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from .capture import Uncapturable, capture, record
+from .errors import CPDError
+from .forward import Data, Forward, changed
+from .graph import Step
+from .labels import Labels, Mask, axis_size
+from .rules import Size
+from .surgery import rebuild
+from .trace import Trace, location, named_tensors, quiet_state
+
+Place = tuple[str, int, str, int | None]
+_SHAPED = ("view", "reshape", "_unsafe_view", "unflatten")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A captured forward, with the sizes behind its literals and the scales to be written into
+    it.
+    """
+
+    forward: Forward
+    places: dict[Place, tuple[Size, ...]]
+    scales: dict[Place, tuple[Labels, int]]
+
+    def at(self, alive: Mask) -> Forward | None:
+        """Return the forward for live ids; None where nothing in it changes."""
+        values: dict[Place, Any] = {}
+        moved = False
+        for place, sizes in self.places.items():
+            new = {axis_size(size.labels, size.axis, alive) for size in sizes}
+            if len(new) > 1:
+                raise Disagreement(f"a size of {sizes[0].old} becomes {sorted(new)}")
+            values[place] = new.pop()
+            moved |= values[place] != sizes[0].old
+        for place, (labels, axis) in self.scales.items():
+            old = labels.shape[axis]
+            values[place] = old**-0.5
+            moved |= axis_size(labels, axis, alive) != old
+        return changed(self.forward, values) if moved else None
+
+
+class Disagreement(CPDError):
+    """One literal of a forward would need two values."""
+
+
+class Replacements:
+    """The forwards of one network that may be replaced, captured when they are first asked for."""
+
+    def __init__(self, model: nn.Module, trace: Trace, steps: list[Step], *, strict: bool) -> None:
+        self.model, self.trace, self.strict = model, trace, strict
+        self.steps: dict[str, list[Step]] = {}
+        for step in steps:
+            self.steps.setdefault(location(step.node)[0], []).append(step)
+        self.active: dict[str, Template] = {}
+        self.why_not: dict[str, str] = {}
+        self.why: dict[str, str] = {}
+        self._made: dict[str, Template | None] = {}
+        self._captured: dict[Any, Forward | str] = {}
+
+    def enable(self, paths: Iterable[str], why: str) -> list[str]:
+        """Let plans replace the forwards at `paths`; return those that were not so before."""
+        added = []
+        for path in dict.fromkeys(paths):
+            template = None if path in self.active else self.template(path)
+            if template is not None:
+                self.active[path] = template
+                self.why[path] = why
+                added.append(path)
+        return added
+
+    def disable(self, paths: Iterable[str]) -> None:
+        """Let the forwards at `paths` stay as they are."""
+        for path in paths:
+            self.active.pop(path)
+            self.why.pop(path)
+
+    def at(self, alive: Mask) -> dict[str, Forward]:
+        """Return path -> forward for live ids, where one must be replaced."""
+        found = {path: template.at(alive) for path, template in self.active.items()}
+        return {path: forward for path, forward in found.items() if forward is not None}
+
+    def template(self, path: str) -> Template | None:
+        """Return the captured forward of a module; None where it cannot be had (see `why_not`)."""
+        if path not in self._made:
+            try:
+                self._made[path] = self._template(path)
+            except Uncapturable as reason:
+                self.why_not[path] = str(reason)
+                self._made[path] = None
+        return self._made[path]
+
+    def _template(self, path: str) -> Template:
+        module = self.model.get_submodule(path)
+        if self.strict:
+            raise Uncapturable("the class is to be kept")
+        if type(module).__module__.startswith("torch."):
+            raise Uncapturable("it is a layer of PyTorch")
+        calls = self._calls.get(path, [])
+        if not calls:
+            raise Uncapturable("it is called by another way than its forward")
+        forward = self._capture(module, calls)
+        places = _matched(forward, self.steps.get(path, []))
+        scales = _scales(forward, self.steps.get(path, []))
+        return Template(forward, places, scales)
+
+    def _capture(self, module: nn.Module, calls: list[Data]) -> Forward:
+        """Capture a forward once for all modules that have the same code and numbers."""
+        key = _key(module, calls)
+        if key not in self._captured:
+            try:
+                self._captured[key] = capture(module, calls)
+            except Uncapturable as reason:
+                self._captured[key] = str(reason)
+        found = self._captured[key]
+        if isinstance(found, str):
+            raise Uncapturable(found)
+        return found
+
+    @cached_property
+    def _calls(self) -> dict[str, list[Data]]:
+        """What every module with literal sizes is called with, at several sizes of the inputs."""
+        paths = list(self.steps)
+        calls: dict[str, list[Data]] = {path: [] for path in paths}
+        args, kwargs = self.trace.args, self.trace.kwargs
+        model, device = _meta_copy(self.model), "meta"
+        if not _runs(model, paths, *_varied(args, kwargs, device, 1, 1)):
+            model, device = self.model, "cpu"
+        first: dict[str, list[Data]] = {}
+        for batch, other in ((2, 1), (3, 1), (2, 2)) if device == "meta" else ((2, 1), (3, 1)):
+            varied = _varied(args, kwargs, device, batch, other)
+            found = _runs(model, paths, *varied)
+            first = first or found
+            for path, given in found.items():
+                if len(given) == len(first[path]):
+                    calls[path] += given
+        if not first:
+            found = _runs(model, paths, *_varied(args, kwargs, device, 1, 1))
+            calls.update(found)
+        return calls
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    tensors = {n: torch.empty_like(t, device="meta") for n, t in named_tensors(model)}
+    return rebuild(model, tensors, {}).eval()
+
+
+def _runs(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, list[Data]]:
+    """Return what the modules are called with; nothing where the model does not run."""
+
+    def run() -> None:
+        with quiet_state(), torch.no_grad():
+            model(*args, **kwargs)
+
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return record(model, paths, run)
+    except Exception:  # noqa: BLE001 - an input size that the model does not bear
+        return {}
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _varied(args: Any, kwargs: Any, device: str, batch: int, other: int) -> tuple[Any, Any]:
+    """Return the inputs with `batch` times the batch, and `other` times every other long axis."""
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    size = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+
+    def vary(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.ndim:
+            return value
+        times = [batch if value.shape[0] == size else 1]
+        times += [other if n > 4 else 1 for n in value.shape[1:]]
+        return value.to(device).repeat(times)
+
+    return pytree.tree_map(vary, (args, kwargs))  # type: ignore[no-any-return]
+
+
+def _key(module: nn.Module, calls: list[Data]) -> Any:
+    """Return what the capture of a forward depends on."""
+    tensors = tuple((name, tuple(t.shape)) for name, t in named_tensors(module))
+    parts = tuple(
+        (name, type(part).__qualname__, _numbers(part)) for name, part in module.named_modules()
+    )
+    given = tuple(
+        tuple(x.shape) if isinstance(x, torch.Tensor) else repr(x)
+        for x in pytree.tree_leaves(calls)
+    )
+    return type(module), tensors, parts, given
+
+
+def _numbers(module: nn.Module) -> str:
+    plain = (bool, int, float, str, tuple, list, type(None), dict)
+    held = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, plain) and not key.startswith("_")
+    }
+    other = {
+        key: id(value) for key, value in vars(module).items() if key not in held and key[0] != "_"
+    }
+    tensors = any(isinstance(value, torch.Tensor) for value in vars(module).values())
+    return repr(held) + (repr(other) if tensors else "")
+
+
+def _matched(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Size, ...]]:
+    """Return the literals of a forward that carry channels; both modes have the same ones."""
+    places: dict[Place, list[Size]] = {}
+    graph = forward.graphs["eval"]
+    for number, step in _aligned(graph, steps):
+        for size in step.sizes:
+            place = _place("eval", number, step, size)
+            held = _held(graph[number], place)
+            if held == -1:
+                continue
+            if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
+                _infer(graph[number], place)
+                continue
+            if held != size.old:
+                raise Uncapturable("a size that carries channels is computed from the inputs")
+            places.setdefault(place, []).append(size)
+    result = {place: tuple(sizes) for place, sizes in places.items()}
+    return {**result, **_in_training(forward, result)}
+
+
+def _aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
+    """Pair the calls of the trace with those of the forward, which may be called several times."""
+    numbers = [k for k, node in enumerate(graph) if "." in node["op"]]
+    at = 0
+    for step in steps:
+        target: Any = step.node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        name = f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
+        for offset in range(len(numbers)):
+            k = (at + offset) % len(numbers)
+            if graph[numbers[k]]["op"] == name:
+                at = k + 1
+                yield numbers[k], step
+                break
+        else:
+            if step.sizes:
+                raise Uncapturable(f"its trace and its code disagree about {name}")
+
+
+def _place(mode: str, number: int, step: Step, size: Size) -> Place:
+    schema: Any = step.node.target._schema  # type: ignore[union-attr]
+    position = [argument.name for argument in schema.arguments].index(size.arg)
+    inside = position < len(step.node.args)
+    return mode, number, str(position) if inside else size.arg, size.index
+
+
+def _held(node: Data, place: Place) -> Any:
+    _, _, argument, entry = place
+    try:
+        value = (
+            node["args"]["list"][int(argument)]
+            if argument.isdigit()
+            else node["kwargs"]["dict"][argument]
+        )
+        return value if entry is None else next(iter(value.values()))[entry]
+    except (KeyError, IndexError, AttributeError) as error:
+        raise Uncapturable("a size that carries channels is not among the arguments") from error
+
+
+def _infer(node: Data, place: Place) -> None:
+    """Let PyTorch infer an axis of both channels and positions."""
+    _, _, argument, entry = place
+    sizes = next(iter(node["args"]["list"][int(argument)].values()))
+    if -1 in sizes:
+        raise Uncapturable("two axes of one shape are computed from the inputs")
+    sizes[entry] = -1
+
+
+def _in_training(
+    forward: Forward, places: Mapping[Place, tuple[Size, ...]]
+) -> dict[Place, tuple[Size, ...]]:
+    """Find the same literals in the calls of training."""
+    evaluation, training = forward.graphs["eval"], forward.graphs["train"]
+    result: dict[Place, tuple[Size, ...]] = {}
+    at = 0
+    for number in sorted({place[1] for place in places}):
+        mine = {place: sizes for place, sizes in places.items() if place[1] == number}
+        while at < len(training) and not _same(evaluation[number], training[at], mine):
+            at += 1
+        if at == len(training):
+            raise Uncapturable("its forward in training is another one")
+        for (_, _, argument, entry), sizes in mine.items():
+            result["train", at, argument, entry] = sizes
+        at += 1
+    return result
+
+
+def _same(a: Data, b: Data, places: Mapping[Place, tuple[Size, ...]]) -> bool:
+    if a["op"] != b["op"]:
+        return False
+    try:
+        return all(_held(b, place) == sizes[0].old for place, sizes in places.items())
+    except Uncapturable:
+        return False
+
+
+def _scales(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:
+    """Return the attentions that divide by the root of the head size that they find."""
+    found: dict[Place, tuple[Labels, int]] = {}
+    for number, step in _aligned(forward.graphs["eval"], steps):
+        query = step.args.get("query")
+        default = step.args.get("scale") is None
+        if not isinstance(query, Labels) or "attention" not in str(step.node.target) or not default:
+            continue
+        found["eval", number, "scale", None] = (query, len(query.shape) - 1)
+    ops = [node["op"] for node in forward.graphs["train"]]
+    for (_, number, _, _), value in list(found.items()):
+        name = forward.graphs["eval"][number]["op"]
+        nth = [n["op"] for n in forward.graphs["eval"][:number]].count(name)
+        at = [k for k, op in enumerate(ops) if op == name]
+        if nth >= len(at):
+            raise Uncapturable("its forward in training is another one")
+        found["train", at[nth], "scale", None] = value
+    return found
