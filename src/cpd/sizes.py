@@ -53,7 +53,7 @@ def find_sites(model: nn.Module, uses: Iterable[tuple[str, Size]]) -> list[Site]
 def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int | None]]:
     while True:
         module = model.get_submodule(path)
-        if isinstance(module, NORM_AND_CONV):
+        if isinstance(module, NORM_AND_CONV) and size.arg in vars(module):
             return [(path, size.arg, size.index if size.arg == "normalized_shape" else None)]
         found = _attributes(module, size.old)
         if size.arg == "split_sizes":  # a list of sizes is held in its own order
