@@ -254,7 +254,7 @@ def test_ones_own() -> None:
         (
             "best",
             UnknownName,
-            "unknown importance 'best'.*fisher, hessian, magnitude, random, taylor",
+            "unknown importance 'best'.*fisher, fpgm, hessian, .*, wanda",
         ),
         ({"magnitude": {"q": 1}}, UnknownName, "option of importance 'magnitude' 'q'.*p"),
         ({"magnitude": {"p": 0}}, InputError, "magnitude needs p > 0, got 0"),

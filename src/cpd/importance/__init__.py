@@ -9,21 +9,41 @@ from torch import nn
 
 from .._shelf import build, one
 from ..groups import Groups
-from .base import Accumulated, Importance, Scores, is_importance
-from .fisher import Fisher
+from ._collect import Loss, collected
+from ._normalise import normaliser
+from .activation import activation
+from .base import Accumulated, Importance, Scores, Sums, is_importance
+from .bn_scale import bn_scale
+from .fisher import fisher
+from .fpgm import fpgm
 from .hessian import hessian
+from .hutchinson import hutchinson
+from .kfac import kfac
+from .lamp import lamp
 from .magnitude import magnitude
+from .obd import obd
 from .random import random
 from .taylor import taylor
+from .variance import variance
+from .wanda import wanda
 
-__all__ = ["SHELF", "Importance", "Scores", "resolve", "score"]
+__all__ = ["SHELF", "Importance", "Scores", "collect", "resolve", "score"]
 
 SHELF: dict[str, Callable[..., Importance]] = {
-    "fisher": Fisher,
+    "activation": activation,
+    "bn_scale": bn_scale,
+    "fisher": fisher,
+    "fpgm": fpgm,
     "hessian": hessian,
+    "hutchinson": hutchinson,
+    "kfac": kfac,
+    "lamp": lamp,
     "magnitude": magnitude,
+    "obd": obd,
     "random": random,
     "taylor": taylor,
+    "variance": variance,
+    "wanda": wanda,
 }
 
 
@@ -31,16 +51,22 @@ def resolve(spec: Any) -> Importance:
     """Return the importance of a name, a {name: options}, an object of the protocol, or a callable.
 
     A callable takes (model, groups) and returns group name -> vector of length `group.size`. It is
-    called at every `observe`, with gradients in place, and its results are added up.
+    called at every `observe`, with gradients in place, and its results are added up. Every name
+    also takes the option `normalise`: "none", or what each group's scores are divided by ("sum",
+    "mean", "max", "norm", "minmax").
 
-    Raises `UnknownName` for a name that is not on the shelf.
+    Raises `UnknownName` for a name or an option that is not on the shelf.
     """
     if is_importance(spec):
         return spec
     if callable(spec):
         return Accumulated(spec, needs_gradient=False)
     name, options = one("importance", spec)
-    return build("importance", SHELF, name, options)
+    found = normaliser(options.pop("normalise", None))
+    made = build("importance", SHELF, name, options)
+    assert isinstance(made, Sums)
+    made.normalise = found
+    return made
 
 
 def score(spec: Any, model: nn.Module, groups: Groups) -> Scores:
@@ -52,3 +78,26 @@ def score(spec: Any, model: nn.Module, groups: Groups) -> Scores:
         return importance.scores()
     finally:
         importance.close()
+
+
+def collect(
+    spec: Any,
+    model: nn.Module,
+    groups: Groups,
+    batches: Any,
+    loss: Loss,
+) -> Scores:
+    """Return the scores of an importance over batches, with the model as it is before and after.
+
+    Args:
+        spec: a name of the shelf, a {name: options}, or anything else that `resolve` takes.
+        model: in the mode (training or evaluation) that it is to be scored in. Parameters,
+            gradients, buffers and the random state are given back as they were.
+        groups: of this model, from `cpd.comb`.
+        batches: any iterable; what it gives is handed to `loss`.
+        loss: (model, batch) -> the loss, one number, with its graph: that of the task, that of a
+            teacher, or both. It calls the model itself.
+
+    Raises what the importance raises, and `InputError` where there is no batch.
+    """
+    return collected(resolve(spec), model, groups, batches, loss)

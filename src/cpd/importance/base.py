@@ -1,4 +1,4 @@
-"""The protocol of an importance, and what most of them are made of."""
+"""The protocol of an importance, and the sums that all of them are made of."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from ..errors import InputError, MissingGradient
-from ..groups import CouplingGroup, Groups, Member
+from ..errors import InputError
+from ..groups import Groups
 
 Scores = dict[str, torch.Tensor]
+Normaliser = Callable[[torch.Tensor], torch.Tensor]
 
 
 @runtime_checkable
@@ -21,6 +22,7 @@ class Importance(Protocol):
     `start` may attach hooks; `observe` is called after every backward pass, before the gradients
     go; `scores` returns what has come together since `start` or `reset`, one float64 vector for
     each group; `close` removes the hooks. `state`/`load_state` carry the sums through a checkpoint.
+    One that has `before_backward(loss)` is also shown every loss before its backward pass.
     """
 
     needs_gradient: bool
@@ -46,122 +48,131 @@ def is_importance(value: Any) -> bool:
     return not isinstance(value, type) and isinstance(value, Importance)
 
 
-class Accumulated:
-    """An importance made of a function: (model, groups) -> scores of one backward pass, added up.
+class Sums:
+    """What every importance of the shelf is: named sums, and how scores come of them.
 
-    `average`: gradients are the same on all processes (as under data parallel), so the sums are
-    averaged over processes, which leaves them as they are but for rounding.
+    A subclass adds to its sums in `observe` and makes scores of their totals over all processes in
+    `finished`. `shared` names the sums that are the same on all processes (those made of gradients,
+    which data parallel averages): they are averaged, all others are added up.
     """
 
-    def __init__(
-        self, function: Callable[[nn.Module, Groups], Mapping[str, Any]], *, needs_gradient: bool
-    ) -> None:
-        self.function, self.needs_gradient = function, needs_gradient
+    needs_gradient = False
+    normalise: Normaliser | None = None
+
+    def __init__(self) -> None:
         self._sums: Scores = {}
         self._model: nn.Module | None = None
         self._groups: Groups | None = None
 
     def start(self, model: nn.Module, groups: Groups) -> None:
         """Begin to watch a model."""
+        self.close()
         self._model, self._groups = model, groups
         self.reset()
 
-    def observe(self) -> None:
-        """Add the scores of what the model holds now."""
+    @property
+    def watched(self) -> tuple[nn.Module, Groups]:
+        """The model and its groups."""
         assert self._model is not None, "start() comes first"
         assert self._groups is not None
-        with torch.no_grad():
-            found = self.function(self._model, self._groups)
-        for group in self._groups:
-            if group.name not in found:
-                raise InputError(f"the importance returned no scores for group {group.name!r}")
-            vector = torch.as_tensor(found[group.name]).detach().double().cpu()
-            if vector.shape != (group.size,):
-                raise InputError(
-                    f"the importance returned shape {tuple(vector.shape)} for group {group.name!r} "
-                    f"of {group.size} channels"
-                )
-            self._sums[group.name] = self._sums.get(group.name, 0) + vector
+        return self._model, self._groups
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Add to a sum, in float64, where the value is."""
+        value = value.detach().double()
+        known = self._sums.get(name)
+        self._sums[name] = value if known is None else known.to(value.device) + value
+
+    def shared(self, name: str) -> bool:  # noqa: ARG002 - a subclass may tell sums apart
+        """Say whether a sum is the same on all processes."""
+        return False
+
+    def finished(self, sums: Scores) -> Scores:
+        """Return the scores of sums over all processes."""
+        return sums
 
     def scores(self) -> Scores:
-        """Return the sums, averaged over processes."""
-        return {name: reduced(vector, mean=True) for name, vector in self._sums.items()}
+        """Return the scores of everything since `start` or `reset`, over all processes."""
+        if not self._sums:
+            return {}
+        totals = {
+            name: reduced(self._sums[name].cpu(), mean=self.shared(name))
+            for name in sorted(self._sums)
+        }
+        found = {name: vector.cpu() for name, vector in self.finished(totals).items()}
+        if self.normalise is None:
+            return found
+        return {name: self.normalise(vector) for name, vector in found.items()}
 
     def state(self) -> Scores:
         """Return the sums for a checkpoint."""
-        return {name: vector.clone() for name, vector in self._sums.items()}
+        return {name: value.to("cpu", copy=True) for name, value in self._sums.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from the sums of a checkpoint."""
-        self._sums = {name: vector.double().clone() for name, vector in state.items()}
+        self._sums = {name: value.double().clone() for name, value in state.items()}
 
     def reset(self) -> None:
         """Forget the sums."""
         self._sums = {}
 
     def close(self) -> None:
-        """Forget the model."""
-        self._model = self._groups = None
+        """Stop watching; what came together so far can still be read."""
 
 
-def reduced(vector: torch.Tensor, *, mean: bool) -> torch.Tensor:
-    """Sum (or average) a vector over all processes; as it is where there is one."""
+class Accumulated(Sums):
+    """An importance made of a function: (model, groups) -> scores of one backward pass, added up.
+
+    Gradients are those of the whole batch and, as under data parallel, the same on all processes:
+    the sums are averaged over processes, which leaves them as they are but for rounding.
+    """
+
+    def __init__(
+        self, function: Callable[[nn.Module, Groups], Mapping[str, Any]], *, needs_gradient: bool
+    ) -> None:
+        super().__init__()
+        self.function, self.needs_gradient = function, needs_gradient
+
+    def observe(self) -> None:
+        """Add the scores of what the model holds now."""
+        model, groups = self.watched
+        with torch.no_grad():
+            found = self.function(model, groups)
+        for group in groups:
+            if group.name not in found:
+                raise InputError(f"the importance returned no scores for group {group.name!r}")
+            vector = torch.as_tensor(found[group.name])
+            if vector.shape != (group.size,):
+                raise InputError(
+                    f"the importance returned shape {tuple(vector.shape)} for group {group.name!r} "
+                    f"of {group.size} channels"
+                )
+            self.add(group.name, vector)
+
+    def shared(self, name: str) -> bool:  # noqa: ARG002
+        """Scores of averaged gradients, or of weights, are."""
+        return True
+
+
+def reduced(value: torch.Tensor, *, mean: bool) -> torch.Tensor:
+    """Sum (or average) a tensor over all processes; as it is where there is one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return vector
-    result = vector.clone()
+        return value
+    result = value.clone()
     if torch.distributed.get_backend() == "nccl":
         result = result.cuda()
     torch.distributed.all_reduce(result)
     return (result / torch.distributed.get_world_size() if mean else result).cpu()
 
 
-def held_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the model's parameters and buffers by every name, also where a wrapper holds the
-    model.
-    """
-    inner = getattr(model, "module", model) if hasattr(model, "module") else model
-    return {
-        **dict(inner.named_buffers(remove_duplicate=False)),
-        **dict(inner.named_parameters(remove_duplicate=False)),
-    }
+def processes() -> int:
+    """Return how many processes share the work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
 
 
-def per_channel(values: torch.Tensor, member: Member, size: int) -> torch.Tensor:
-    """Sum a tensor's entries over each channel of a group: shape (size,), float64.
-
-    `values` has the shape of the member's tensor.
-    """
-    channel = torch.from_numpy(member.channel).to(values.device)
-    gone = [
-        axis for axis, length in enumerate(channel.shape) if length == 1 and values.shape[axis] > 1
-    ]
-    summed = values.double().sum(gone, keepdim=True) if gone else values.double()
-    flat, index = summed.reshape(-1), channel.reshape(-1)
-    if (index < 0).any():
-        flat, index = flat[index >= 0], index[index >= 0]
-    return torch.zeros(size, dtype=torch.float64, device=values.device).index_add_(0, index, flat)
-
-
-def gradient_of(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return a parameter's gradient, or None for what has none by its nature (buffers, frozen
-    parameters).
-    """
-    tensor = tensors[name]
-    return tensor.grad if isinstance(tensor, nn.Parameter) else None
-
-
-def require_gradients(model_tensors: Mapping[str, torch.Tensor], groups: Groups) -> None:
-    """Raise `MissingGradient` where a group has no gradient at all."""
-    for group in groups:
-        if not any(gradient_of(m.tensor, model_tensors) is not None for m in group.members):
-            raise MissingGradient(
-                f"no gradient on any tensor of group {group.name!r} ({group.members[0].tensor}, "
-                "...). Call this after loss.backward() and before zero_grad(), and let these "
-                "parameters require gradients."
-            )
-
-
-def made_by(group: CouplingGroup) -> list[Member]:
-    """Return the members that make or scale the channels; all members where none does."""
-    out = [member for member in group.members if member.role == "out"]
-    return out or list(group.members)
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model, also where a wrapper for data parallel holds it."""
+    held = getattr(model, "module", None)
+    return held if isinstance(held, nn.Module) else model

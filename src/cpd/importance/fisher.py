@@ -4,21 +4,16 @@ squared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import MissingGradient
-from ..groups import Groups, Member
-from .base import Scores, reduced
+from ..groups import CouplingGroup
+from ._members import Tensors, first_tier, gradient_of, held_tensors, mask_gradient
+from ._places import Place, Reading, Watching, per_index
+from .base import Importance, Scores, processes
 
-Place = tuple[str, str]  # a module's path, and whether it reads ("in") or makes ("out") channels
 
-
-class Fisher:
+def fisher() -> Importance:
     r"""Score of "Group Fisher Pruning for Practical Network Compression" (Liu et al., ICML 2021).
 
     The mask m_c of a channel multiplies the inputs of all layers that read it. Its gradient for
@@ -27,153 +22,149 @@ class Fisher:
         g[n, c] = sum over consumers, sum over places:  a[n, c, place] * dL_n/da[n, c, place]
 
     and the score, an estimate of the loss's second derivative in m_c, is sum_n g[n, c]^2, added up
-    over backward passes and processes. Consumers are the linear and convolution layers (modules)
-    that read the channel; a group with none is scored by the layers that make it, on their outputs.
-    `dL_n` is taken from the batch's mean loss as it is: multiply by the squared batch size for
-    per-sample losses.
+    over backward passes and processes. Consumers are the layers that read the channel; channels
+    that none reads are scored behind the norm that scales them, or else by the layers that make
+    them, on their outputs. `dL_n` is taken from the batch's mean loss as it is: multiply by the
+    squared batch size for per-sample losses.
+
+    A weight that is used outside any layer shows no activations. The sum over its samples is then
+    taken from its gradient, sum_w w * dL/dw, and squared as one: near a minimum, where samples'
+    gradients do not pull one way, its expectation is the same.
+
+    Raises `MissingGradient` where a group has no gradient.
     """
+    return Fisher()
+
+
+Part = tuple[torch.Tensor, torch.Tensor]  # values (rows, size), and the channels they cover (size,)
+
+
+class Fisher(Watching):
+    """See `fisher`. Under data parallel each process's loss is the mean over its own samples."""
 
     needs_gradient = True
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._sums: Scores = {}
+        super().__init__()
         self._found: dict[Place, torch.Tensor] = {}
-        self._readers: dict[str, list[tuple[str, Member]]] = {}
-        self._groups: Groups | None = None
 
-    def start(self, model: nn.Module, groups: Groups) -> None:
-        """Hook the layers that read (or, failing that, make) the channels."""
-        self.close()
-        self._groups = groups
-        inner = getattr(model, "module", model) if hasattr(model, "module") else model
-        self._readers = {group.name: _readers(inner, group.members) for group in groups}
-        places = {(path, m.role) for readers in self._readers.values() for path, m in readers}
-        for path, role in sorted(places):
-            self._hook(inner.get_submodule(path), (path, role))
-        self.reset()
+    def take(self, place: Place, value: torch.Tensor, axis: int) -> torch.Tensor | None:
+        """Watch the gradient that comes back; that of an input is this reader's alone."""
+        if not value.requires_grad or not torch.is_grad_enabled():
+            return None
+        shown = value.view_as(value) if place.role == "in" else value
+        # an output may be changed in place afterwards
+        kept = shown.detach() if place.role == "in" else value.detach().clone()
+        rows = self.rows
+        shown.register_hook(lambda gradient: self._note(place, kept, gradient, axis, rows))
+        return shown if place.role == "in" else None
 
-    def _hook(self, module: nn.Module, place: Place) -> None:
-        def watch(value: Any, kept: torch.Tensor) -> None:
-            value.register_hook(lambda gradient: self._take(module, place, kept, gradient))
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            if not args or not _differentiable(args[0]):
-                return None
-            mine = args[0].view_as(args[0])  # its gradient is that of this reader alone
-            watch(mine, mine.detach())
-            return (mine, *args[1:])
-
-        def after(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
-            if _differentiable(result):
-                watch(result, result.detach().clone())  # it may be changed in place
-
-        if place[1] == "in":
-            self._handles.append(module.register_forward_pre_hook(before))
-        else:
-            self._handles.append(module.register_forward_hook(after))
-
-    def _take(
-        self, module: nn.Module, place: Place, value: torch.Tensor, gradient: torch.Tensor
+    def _note(
+        self, place: Place, value: torch.Tensor, gradient: torch.Tensor, axis: int, rows: int
     ) -> None:
         """Keep a * dL/da per sample and channel: (batch, channels)."""
         with torch.no_grad():
-            product = (value * gradient).double()
-            axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else product.ndim - 1
-            rest = [k for k in range(1, product.ndim) if k != axis]
-            per_sample = product.sum(rest) if rest else product
+            product = value * gradient
+            if axis == 0 or product.shape[0] % rows:
+                found = per_index(product, axis).sum(0, keepdim=True, dtype=torch.float64)
+            else:  # windows of one sample follow each other along axis 0
+                rest = [k for k in range(1, product.ndim) if k != axis]
+                found = product.sum(rest, dtype=torch.float64) if rest else product.double()
+                found = found.reshape(rows, -1, found.shape[-1]).sum(1)
             known = self._found.get(place)
-            self._found[place] = per_sample if known is None else known + per_sample
+            self._found[place] = found if known is None else _together(known, found)
 
-    def observe(self) -> None:
-        """Square what the last backward pass left, and add it up."""
-        assert self._groups is not None, "start() comes first"
-        for group in self._groups:
-            total: torch.Tensor | None = None
-            for path, member in self._readers[group.name]:
-                found = self._found.get((path, member.role))
-                if found is None:
-                    continue
-                channel = _along(member)
-                part = torch.zeros(len(found), group.size, dtype=torch.float64, device=found.device)
-                index = torch.from_numpy(channel).to(found.device)
-                mine = index >= 0
-                part.index_add_(1, index[mine], found[:, : len(index)][:, mine])
-                total = part if total is None else total + part
-            if total is None:
-                raise MissingGradient(
-                    f"no gradient reached the layers of group {group.name!r}. Call observe() after "
-                    "loss.backward() "
-                    "of a forward pass in which gradients were enabled."
-                )
-            known = self._sums.get(group.name, 0)
-            self._sums[group.name] = known + total.square().sum(0).cpu()
+    def fresh(self) -> None:
+        """Forget what a backward pass left that was not observed."""
         self._found = {}
-
-    def scores(self) -> Scores:
-        """Return the sums over all processes."""
-        return {name: reduced(vector, mean=False) for name, vector in self._sums.items()}
-
-    def state(self) -> Scores:
-        """Return the sums for a checkpoint."""
-        return {name: vector.clone() for name, vector in self._sums.items()}
-
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from the sums of a checkpoint."""
-        self._sums = {name: vector.double().clone() for name, vector in state.items()}
 
     def reset(self) -> None:
         """Forget the sums."""
-        self._sums, self._found = {}, {}
+        super().reset()
+        self._found = {}
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def observe(self) -> None:
+        """Square what the last backward pass left, and add it up."""
+        model, groups = self.watched
+        tensors = held_tensors(model)
+        for group in groups:
+            self._require(group, tensors)
+            parts = [self._parts(group, tier, tensors) for tier in self.readings[group.name]]
+            samples, batch = _ordered(parts)
+            self.add(group.name, first_tier(samples).square().sum(0))
+            self.add(f"{group.name}|parameters", first_tier(batch)[0].square())
+        self._found = {}
+
+    def _require(self, group: CouplingGroup, tensors: Tensors) -> None:
+        readings = [reading for tier in self.readings[group.name] for reading in tier]
+        if not any(
+            reading.place in self._found or gradient_of(reading.member.tensor, tensors) is not None
+            for reading in readings
+        ):
+            raise MissingGradient(
+                f"no gradient reached the layers of group {group.name!r}. Call observe() after "
+                "loss.backward() of a forward pass in which gradients were enabled."
+            )
+
+    def _parts(
+        self, group: CouplingGroup, tier: list[Reading], tensors: Tensors
+    ) -> tuple[Part, Part]:
+        """Return what layers showed of each sample, (batch, size), and what parameters' gradients
+        tell of the batch, (1, size), each with the channels it covers.
+        """
+        size = group.size
+        total = torch.zeros(1, size, dtype=torch.float64)
+        covered, others = torch.zeros(size, dtype=torch.bool), []
+        for reading in tier:
+            found = self._found.get(reading.place) if reading.place is not None else None
+            if found is None:
+                others.append(reading)
+            elif reading.main:
+                total = _together(total.to(found.device), reading.onto(found, size))
+                covered |= reading.covers(size)
+        left = [r for r in others if gradient_of(r.member.tensor, tensors) is not None]
+        rest = mask_gradient([r.member for r in left], tensors, size)
+        held = torch.zeros(size, dtype=torch.bool)
+        for reading in left:
+            held |= reading.covers(size)
+        return (total, covered), (rest[None], held)
+
+    def shared(self, name: str) -> bool:
+        """What comes of parameters' gradients is the same everywhere."""
+        return name.endswith("|parameters")
+
+    def finished(self, sums: Scores) -> Scores:
+        """Add both parts; a process's share of the batch weighs by the share."""
+        _, groups = self.watched
+        scale = processes() ** 2
+        return {g.name: sums[g.name] / scale + sums[f"{g.name}|parameters"] for g in groups}
 
 
-def _differentiable(value: Any) -> bool:
-    tensor = isinstance(value, torch.Tensor)
-    return tensor and value.requires_grad and torch.is_grad_enabled()
+def _ordered(parts: list[tuple[Part, Part]]) -> tuple[list[Part], list[Part]]:
+    """Return what is known of samples, and of the batch, in the order in which it is believed.
 
-
-_READS = (nn.Linear, nn.modules.conv._ConvNd)
-
-
-def _readers(model: nn.Module, members: tuple[Member, ...]) -> list[tuple[str, Member]]:
-    for role in ("in", "out"):
-        found = []
-        for member in members:
-            path, _, leaf = member.tensor.rpartition(".")
-            if (
-                member.role == role
-                and leaf == "weight"
-                and isinstance(model.get_submodule(path), _READS)
-            ):
-                found.append((path, member))
-        if found:
-            return found
-    return [(m.tensor.rpartition(".")[0], m) for m in members[:1]]
-
-
-def _along(member: Member) -> Any:
-    """Return the group's channel of each input (or output) channel of a layer, -1 for other
-    groups'.
+    All readers of a channel belong together, however they are known. Elsewhere what was seen of
+    single samples comes first.
     """
-    channel = member.channel
-    if (
-        channel.ndim > 1 and channel.shape[0] > 1 and channel.shape[1] > 1
-    ):  # a grouped convolution's inputs
-        flat = channel.reshape(channel.shape[0], channel.shape[1])
-        _, first = _unique_rows(flat)
-        return flat[first].reshape(-1)
-    return channel.reshape(-1)
+    (seen, told), *others = parts
+    rows = max(len(values) for (values, _), _ in parts)
+    device = next((p[0].device for pair in parts for p in pair if p[1].any()), seen[0].device)
+    none = torch.zeros(1, seen[0].shape[1], dtype=torch.float64)
+    read = seen[1] | told[1]
+    samples = [(seen[0], read), *(part for part, _ in others), *((none, p[1]) for _, p in others)]
+    batch = [(told[0], read), *((none, p[1]) for p, _ in others), *(part for _, part in others)]
+    wide = [(_rows(values.to(device), rows), held.to(device)) for values, held in samples]
+    return wide, [(values.to(device), held.to(device)) for values, held in batch]
 
 
-def _unique_rows(rows: Any) -> tuple[Any, Any]:
-    """Rows change from group to group of a grouped convolution; return where each group begins."""
-    import numpy as np
+def _rows(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """A sum over samples stands in the first row."""
+    if len(values) == rows:
+        return values
+    return torch.cat([values, values.new_zeros(rows - len(values), values.shape[1])])
 
-    starts = np.flatnonzero(np.r_[True, (rows[1:] != rows[:-1]).any(1)])
-    return rows[starts], starts
+
+def _together(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Add what is known by sample and what is known of the batch only."""
+    rows = max(len(a), len(b))
+    return _rows(a, rows) + _rows(b, rows)

@@ -6,29 +6,33 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..groups import Groups
-from .base import Accumulated, Importance, Scores, held_tensors, per_channel
+from ..groups import CouplingGroup, Groups
+from ._aggregate import aggregated, check_aggregate
+from ._members import Tensors, check_members, held_tensors, parameters_of, per_channel
+from .base import Accumulated, Importance, Scores
 
 
-def magnitude(*, p: float = 2.0) -> Importance:
-    """Sum of |w|^p over a channel's weights, mean over all parameters that make or read it.
+def magnitude(*, p: float = 2.0, aggregate: str = "mean", members: str = "all") -> Importance:
+    """Sum of |w|^p over a channel's weights (p = 1: L1, p = 2: L2), joined by `aggregate`.
 
-    Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017); group mean as in
-    DepGraph (CVPR 2023).
+    Over all parameters that make or read it, or with `members` "out" or "in" over those that do one
+    of both. Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017); group mean as
+    in DepGraph (CVPR 2023).
     """
     if not p > 0:
         raise InputError(f"magnitude needs p > 0, got {p!r}")
-    return Accumulated(lambda model, groups: _scores(model, groups, p), needs_gradient=False)
+    check_aggregate(aggregate)
+    check_members(members)
 
-
-def _scores(model: nn.Module, groups: Groups, p: float) -> Scores:
-    tensors = held_tensors(model)
-    result = {}
-    for group in groups:
-        members = [m for m in group.members if isinstance(tensors[m.tensor], nn.Parameter)]
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for member in members:
+    def one(group: CouplingGroup, tensors: Tensors) -> torch.Tensor:
+        found = []
+        for member in parameters_of(group, tensors, members):
             powers = tensors[member.tensor].detach().abs().double().pow(p)
-            total += per_channel(powers, member, group.size).cpu()
-        result[group.name] = total / max(len(members), 1)
-    return result
+            found.append((member, per_channel(powers, member, group.size)))
+        return aggregated(found, group.size, aggregate)
+
+    def scores(model: nn.Module, groups: Groups) -> Scores:
+        tensors = held_tensors(model)
+        return {group.name: one(group, tensors) for group in groups}
+
+    return Accumulated(scores, needs_gradient=False)

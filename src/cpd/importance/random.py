@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..groups import Groups
 from .base import Accumulated, Importance, Scores
@@ -10,12 +11,12 @@ from .base import Accumulated, Importance, Scores
 
 def random(*, seed: int = 0) -> Importance:
     """Uniform numbers in [0, 1), the same for the same seed."""
-    return Accumulated(lambda _, groups: _scores(groups, seed), needs_gradient=False)
 
+    def scores(_: nn.Module, groups: Groups) -> Scores:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            group.name: torch.rand(group.size, generator=generator, dtype=torch.float64)
+            for group in groups
+        }
 
-def _scores(groups: Groups, seed: int) -> Scores:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        group.name: torch.rand(group.size, generator=generator, dtype=torch.float64)
-        for group in groups
-    }
+    return Accumulated(scores, needs_gradient=False)

@@ -1,0 +1,39 @@
+"""How strong, or how often, a channel is active."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UnknownName
+from ..groups import CouplingGroup
+from ._flows import Flows
+from .base import Importance, Scores
+
+_STATISTICS = {"mean": "absolute", "rms": "second", "active": "active"}
+
+
+def activation(*, statistic: str = "mean") -> Importance:
+    """E|a_c| over samples and positions where channel c is read ("mean"), or another statistic.
+
+    "rms" is the root of E[a_c²]; "active" the share of values that are not zero, which is 1 minus
+    the average percentage of zeros (Hu et al., "Network Trimming", 2016). Mean over readers;
+    channels that no layer reads are taken where they are made.
+
+    Needs forward passes, no gradients.
+    """
+    if statistic not in _STATISTICS:
+        raise UnknownName("statistic of activation", statistic, _STATISTICS)
+    return Activation(statistic)
+
+
+class Activation(Flows):
+    """See `activation`."""
+
+    def __init__(self, statistic: str) -> None:
+        super().__init__()
+        self.statistic = statistic
+
+    def one(self, group: CouplingGroup, sums: Scores) -> torch.Tensor:
+        """Return the scores of one group."""
+        found = self.typical(group, sums, _STATISTICS[self.statistic])
+        return found.sqrt() if self.statistic == "rms" else found

@@ -1,0 +1,178 @@
+"""Curvature by Hessian-vector products."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import InputError, MissingGradient, UnknownName
+from ..groups import CouplingGroup, Groups
+from ._aggregate import aggregated, check_aggregate
+from ._members import check_members, entries, held_tensors, parameters_of, per_channel
+from .base import Importance, Scores, Sums, inner_model
+
+KINDS = ("trace", "diagonal")
+
+
+def hutchinson(
+    *,
+    kind: str = "trace",
+    probes: int = 1,
+    members: str = "out",
+    aggregate: str = "sum",
+    seed: int = 0,
+) -> Importance:
+    """Tr(H_SS) / |S| * ‖w_S‖² of a channel's weights S ("trace"), or 1/2 sum of w² diag(H).
+
+    H is the Hessian of the loss, its blocks estimated by z * Hz for vectors z of random signs: the
+    expectation of z_i (Hz)_i is H_ii (Hutchinson, 1990). "trace" is the score of Yu et al.,
+    "Hessian-Aware Pruning and Optimal Neural Implant" (WACV 2022), with |S| the number of weights.
+    It may be negative where the loss curves down.
+
+    `probes`: vectors for each batch; more batches serve as well, since the estimates add up.
+    `aggregate` joins members for "diagonal"; "trace" is over all of them together. Every batch
+    costs one product for each probe, about two more backward passes each. It needs the loss itself,
+    before its backward pass: `collect` and `compress` show it, `score` cannot.
+
+    Raises `MissingGradient` where no loss was shown, or where one cannot be differentiated twice.
+    """
+    if kind not in KINDS:
+        raise UnknownName("kind of hutchinson", kind, KINDS)
+    if probes < 1:
+        raise InputError(f"probes must be a whole number of at least 1, got {probes!r}")
+    check_members(members)
+    check_aggregate(aggregate)
+    return Hutchinson(kind, probes, members, aggregate, seed)
+
+
+class Hutchinson(Sums):
+    """See `hutchinson`."""
+
+    needs_gradient = True
+
+    def __init__(self, kind: str, probes: int, members: str, aggregate: str, seed: int) -> None:
+        super().__init__()
+        self.kind, self.probes, self.seed = kind, probes, seed
+        self.members, self.aggregate = members, aggregate
+        self._pending: Scores = {}
+        self._taken = 0
+        self._handles: list[RemovableHandle] = []
+        self._within = ExitStack()
+
+    def start(self, model: nn.Module, groups: Groups) -> None:
+        """Begin to watch; while it does, operators run that can be differentiated twice."""
+        super().start(model, groups)
+        inner = inner_model(model)
+        self._handles = [
+            inner.register_forward_pre_hook(self._before),
+            inner.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _before(self, *_: Any) -> None:
+        self._within.close()
+        self._within.enter_context(sdpa_kernel(SDPBackend.MATH))
+        mkldnn: Any = torch.backends.mkldnn.flags(enabled=False)
+        cudnn: Any = torch.backends.cudnn.flags(enabled=False)
+        self._within.enter_context(mkldnn)
+        self._within.enter_context(cudnn)
+
+    def _after(self, *_: Any) -> None:
+        self._within.close()
+
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Estimate the curvature of a loss whose graph is still there; its backward pass may
+        follow.
+        """
+        model, groups = self.watched
+        tensors = held_tensors(model)
+        names = {
+            m.tensor for g in groups for m in parameters_of(g, tensors, self.members)
+        }  # a tensor that is tied has one name
+        mine = {n: tensors[n] for n in sorted(names) if tensors[n].requires_grad}
+        self._require(bool(mine) and loss.requires_grad)
+        generator = torch.Generator().manual_seed(self.seed + self._taken)
+        self._taken += 1
+        for _ in range(self.probes):
+            diagonal = self._product(loss, mine, generator)
+            for group in groups:
+                self._note(group, tensors, diagonal)
+
+    def _product(
+        self, loss: torch.Tensor, tensors: Scores, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Return z * Hz / probes for one vector z of random signs."""
+        values = list(tensors.values())
+        first = torch.autograd.grad(
+            loss, values, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        curved = [gradient for gradient in first if gradient.requires_grad]
+        self._require(bool(curved))
+        drawn = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for x in values]
+        signs = [z.to(x) for z, x in zip(drawn, values, strict=True)]
+        second = torch.autograd.grad(
+            curved,
+            values,
+            grad_outputs=[z for z, g in zip(signs, first, strict=True) if g.requires_grad],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found = zip(tensors, signs, second, strict=True)
+        return {name: z * product / self.probes for name, z, product in found}
+
+    def _note(self, group: CouplingGroup, tensors: Scores, diagonal: Scores) -> None:
+        size, found = group.size, []
+        norm, count = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        for member in parameters_of(group, tensors, self.members):
+            if member.tensor not in diagonal:
+                continue
+            weight, h = tensors[member.tensor].detach(), diagonal[member.tensor].detach()
+            if self.kind == "diagonal":
+                value = per_channel(weight.square() * h, member, size) / 2
+            else:
+                value = per_channel(h, member, size)
+                norm += per_channel(weight.square(), member, size).cpu()
+                count += entries(member, weight, size)
+            found.append((member, value.cpu()))
+        if self.kind == "diagonal":
+            score = aggregated(found, size, self.aggregate)
+        else:
+            score = aggregated(found, size, "sum") / count.clamp_min(1) * norm
+        self._pending[group.name] = self._pending.get(group.name, 0) + score
+
+    def _require(self, given: bool) -> None:
+        if not given:
+            raise MissingGradient(
+                "hutchinson needs the loss before its backward pass, with a graph that can be "
+                "differentiated twice. Use cpd.importance.collect or cpd.compress, or call "
+                "before_backward(loss) between the forward and the backward pass."
+            )
+
+    def observe(self) -> None:
+        """Count the losses shown since the last time."""
+        self._require(bool(self._pending))
+        for name, value in self._pending.items():
+            self.add(name, value)
+        self._pending = {}
+
+    def shared(self, name: str) -> bool:  # noqa: ARG002
+        """Each process's loss is the mean over its own samples."""
+        return True
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        super().reset()
+        self._pending = {}
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        super().close()
+        self._within.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

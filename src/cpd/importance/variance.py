@@ -1,0 +1,47 @@
+"""The variance of a channel behind its activation function."""
+
+from __future__ import annotations
+
+import torch
+
+from ..groups import CouplingGroup
+from ._flows import Flows
+from ._members import per_channel
+from .base import Importance, Scores
+
+
+def variance(*, weighted: bool = False) -> Importance:
+    """Var(a_c) over samples and positions, where channel c is read: behind its activation function.
+
+    A channel that is nearly constant can go at little cost, since its mean folds into the next bias
+    (`cpd.repair`). Source: "Variance-Based Pruning" (2025), for the hidden units of transformers.
+    `weighted`: times the squared norm of the weights that read it, Var(a_c) * ‖W_:c‖²: the power
+    that goes missing; source: An et al., "Fluctuation-based Adaptive Structured Pruning" (AAAI
+    2024). Mean over readers; channels that no layer reads are taken where they are made.
+
+    Needs forward passes, no gradients.
+    """
+    return Variance(weighted=weighted)
+
+
+class Variance(Flows):
+    """See `variance`."""
+
+    def __init__(self, *, weighted: bool) -> None:
+        super().__init__()
+        self.weighted = weighted
+
+    def one(self, group: CouplingGroup, sums: Scores) -> torch.Tensor:
+        """Return the scores of one group."""
+        spread = self.typical(group, sums, "variance")
+        if not self.weighted:
+            return spread
+        size, readers = group.size, self.readings[group.name][0]
+        total, read = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.bool)
+        for reading in readers:
+            flow = self.flow(reading, size, sums)
+            mine = spread if flow is None else flow.variance
+            weight = self._weights[reading.member.tensor].detach().double().square()
+            total += mine * per_channel(weight, reading.member, size).cpu()
+            read |= reading.covers(size)
+        return torch.where(read, total, spread)
