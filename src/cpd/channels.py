@@ -59,6 +59,7 @@ class Channels:
         self.count = 0
         self.folds: list[Fold] = []
         self.frozen: list[tuple[Ids, Reason]] = []
+        self.held: list[tuple[Ids, Reason]] = []
         self.nonempty: list[Ids] = []
         self.used: list[Ids] = []
         self.place = Place()  # the call that is being read: what is demanded is its demand
@@ -104,6 +105,7 @@ class Channels:
             self.freeze(ids, reason)
         else:
             self.unite(ids, ids[..., :1])
+            self.held.append((ids.ravel(), Reason(reason, self.place)))
 
     def rows(self, ids: Ids) -> Ids:
         """Return the block ids over the last axis: shape `ids.shape[:-1]`."""

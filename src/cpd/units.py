@@ -39,12 +39,17 @@ class Family:
 
 @dataclass
 class Units:
-    """The solution: `label[id]` is the class of an id; `reason[class]` why it stays, or None."""
+    """The solution: `label[id]` is the class of an id; `reason(class)` why it stays, or None.
+
+    `frozen` and `held` are places in `reasons`, or -1: a held class cannot go by itself, since the
+    width of its row stays or since it is bound to others that cannot.
+    """
 
     label: Ids
     count: int
     reasons: list[Reason]
     frozen: Ids
+    held: Ids
     families: list[Family]
     below: dict[int, Ids]
     nonempty: list[Ids]
@@ -72,6 +77,10 @@ class Units:
     def cause(self, c: int) -> Reason | None:
         """Return why a class stays and which call demands it, or None where it may go."""
         return None if self.frozen[c] < 0 else self.reasons[self.frozen[c]]
+
+    def holder(self, c: int) -> Reason | None:
+        """Return why a class that is not frozen cannot go by itself, or None."""
+        return None if self.held[c] < 0 else self.reasons[self.held[c]]
 
     def reason(self, c: int) -> str | None:
         """Return why a class stays, or None where it may go."""
@@ -105,7 +114,7 @@ class _Solver:
         self.label, self.count, self.channels = label, count, channels
         self.bounds = [self._bind(fold) for fold in channels.folds]
         self.reasons: list[Reason] = []
-        self.frozen = np.empty(0, np.int64)
+        self.frozen = self.held = np.empty(0, np.int64)
         self.conflicts: list[Ids] = []
         self.blocks: set[int] = set()
         self.links: list[list[Ids]] = []
@@ -218,33 +227,32 @@ class _Solver:
         self.frozen = np.full(self.count, -1, dtype=np.int64)
         index: dict[Reason, int] = {}
         for ids, reason in self.channels.frozen:
-            self._mark(self.label[ids], index.setdefault(reason, len(index)))
+            _fill(self.frozen, self.label[ids], index.setdefault(reason, len(index)))
         overlap = Reason("rows of different partitions overlap")
         for items in self.conflicts:
-            self._mark(items, index.setdefault(overlap, len(index)))
+            _fill(self.frozen, items, index.setdefault(overlap, len(index)))
+        self.held = np.full(self.count, -1, dtype=np.int64)
+        for ids, reason in self.channels.held:
+            _fill(self.held, self.label[ids], index.setdefault(reason, len(index)))
         self.reasons = list(index)
         before = -1
         while before != (before := int((self.frozen >= 0).sum())):
             for bound in self.bounds:
                 self._spread(bound)
 
-    def _mark(self, classes: Ids, reason: int) -> None:
-        open_ = classes[self.frozen[classes] < 0]
-        self.frozen[open_] = reason
-
     def _spread(self, bound: _Bound) -> None:
         marks = self.frozen[bound.items]
         new = (marks >= 0).any(1) & (self.frozen[bound.rows] < 0)
         for row in np.flatnonzero(new):
-            self._mark(bound.rows[row : row + 1], int(marks[row].max()))
+            _fill(self.frozen, bound.rows[row : row + 1], int(marks[row].max()))
         if bound.columns is None:
             return
         new = (marks >= 0).any(0) & (self.frozen[bound.columns] < 0)
         for column in np.flatnonzero(new):
-            self._mark(bound.columns[column : column + 1], int(marks[:, column].max()))
+            _fill(self.frozen, bound.columns[column : column + 1], int(marks[:, column].max()))
         rows, columns = self.frozen[bound.rows] >= 0, self.frozen[bound.columns] >= 0
         for row in np.flatnonzero(rows & columns.any()):
-            self._mark(bound.items[row, columns], int(self.frozen[bound.rows[row]]))
+            _fill(self.frozen, bound.items[row, columns], int(self.frozen[bound.rows[row]]))
 
     def result(self) -> Units:
         below = self._below()
@@ -256,9 +264,8 @@ class _Solver:
             for classes in (fold.items, fold.rows, fold.columns):
                 if classes is not None:
                     bound[classes] = True
-        return Units(
-            self.label, self.count, self.reasons, self.frozen, families, below, nonempty, bound
-        )
+        solved = (self.label, self.count, self.reasons, self.frozen, self.held)
+        return Units(*solved, families, below, nonempty, bound)
 
     def _below(self) -> dict[int, Ids]:
         parts: dict[int, list[Ids]] = {}
@@ -291,9 +298,23 @@ class _Solver:
             members = [self.bounds[k] for k in np.flatnonzero(joined[: len(self.bounds)] == root)]
             family, items = self._bundle(members)
             taken |= items
-            if family is not None:
+            if family is None:
+                self._hold(np.array(sorted(items), np.int64))
+            else:
                 families.append(family)
         return families, taken
+
+    def _hold(self, classes: Ids) -> None:
+        """Remember for classes that are bound together why none of them can go by itself."""
+        held, frozen = self.held[classes].max(initial=-1), self.frozen[classes].max(initial=-1)
+        reason = Reason("bound to rows of other widths")
+        if held >= 0:
+            reason = self.reasons[held]
+        elif frozen >= 0:
+            stays = self.reasons[frozen]
+            reason = Reason(f"keeps step with what stays: {stays.text}", stays.place)
+        self.reasons.append(reason)
+        _fill(self.held, classes, len(self.reasons) - 1)
 
     def _bundle(self, bounds: list[_Bound]) -> tuple[Family | None, set[int]]:
         tied = [bound for bound in bounds if bound.columns is not None]
@@ -353,6 +374,11 @@ class _Solver:
 
 def _kind(op: str) -> str:
     return "conv" if op.startswith("conv") else op
+
+
+def _fill(places: Ids, classes: Ids, reason: int) -> None:
+    """Set what is not set yet."""
+    places[classes[places[classes] < 0]] = reason
 
 
 def _share(clusters: Iterable[Ids]) -> bool:
