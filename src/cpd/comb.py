@@ -18,6 +18,7 @@ from .channels import Ids, Reason, components
 from .errors import InputError, UnknownName
 from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
+from .kinds import attended, named_families
 from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
 from .replace import Replacements
@@ -75,11 +76,15 @@ def comb(
     freeze_computed_scales(model, reader, replaced)
     own_scale = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     pins = pin_queries(reader, replaced, own_scale)
+    heads = attended(reader)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins, replaced)
     groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
     groups.options["ignore"] = [_name(model, x) for x in ignored]
-    units.families += _singles(units, _signatures(groups))
+    signature = _signatures(groups)
+    units.families = [f for f in units.families if _in_tensors(units, f, signature)]
+    units.families += _singles(units, signature)
+    units.families = named_families(units, heads)
     units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
     return finish(groups)
@@ -264,6 +269,13 @@ def _named(groups: Groups, made: list[tuple[Ids, tuple[Family, ...]]]) -> tuple[
     return tuple(result)
 
 
+def _in_tensors(units: Units, family: Family, signature: np.ndarray) -> bool:
+    """Say whether a family runs through any tensor: what a forward makes on the spot alone has
+    none.
+    """
+    return bool(signature[units.closure(np.concatenate(family.clusters).tolist())].any())
+
+
 def _singles(units: Units, signature: np.ndarray) -> list[Family]:
     """Channels bound to no row or column: one family for each set of tensors they run through."""
     free = np.flatnonzero(~units.bound & (signature != 0))
@@ -355,7 +367,8 @@ def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
     parameters = {name for name, _ in groups.model.named_parameters()}
     for _, tensor, layer, classes in _layers(groups):
         stuck = np.unique(classes[~movable[classes]]) if tensor in parameters else classes[:0]
-        counted = Counter(units.cause(int(c)) or _KEEPS_STEP for c in stuck)
+        causes = (units.cause(c) or units.holder(c) for c in stuck.tolist())
+        counted = Counter(cause or _KEEPS_STEP for cause in causes)
         for cause, count in counted.items():
             at = cause.place
             yield Frozen(tensor, layer.owner, cause.text, count, at.op, at.path, at.source)
