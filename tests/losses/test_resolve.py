@@ -18,10 +18,10 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_shelf_is_sorted_and_public() -> None:
     assert list(losses.SHELF) == sorted(losses.SHELF)
-    assert set(losses.SHELF) <= set(losses.__all__)
+    assert {entry.__name__ for entry in losses.SHELF.values()} <= set(losses.__all__)
 
 
-@pytest.mark.parametrize("name", losses.SHELF)
+@pytest.mark.parametrize("name", ["dist", "hard", "kd"])
 def test_a_name(name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     terms = losses.resolve(name)(*pair)
     assert list(terms) == [name]
@@ -34,6 +34,53 @@ def test_options_and_weights(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert list(terms) == ["kd", "dist"]
     torch.testing.assert_close(terms["kd"], 3 * losses.kd(*pair, temperature=4.0))
     torch.testing.assert_close(terms["dist"], losses.dist(*pair))
+
+
+def test_one_loss_twice(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    spec = {"soft": {"loss": "kd", "temperature": 4.0}, "kd": {}}
+    resolved = losses.resolve(spec)
+    terms = resolved(*pair)
+    torch.testing.assert_close(terms["soft"], losses.kd(*pair, temperature=4.0))
+    torch.testing.assert_close(terms["kd"], losses.kd(*pair))
+    assert str(resolved).startswith("1 * soft: kd(student, teacher, temperature=4.0) + 1 * kd(")
+
+
+def test_labels_reach_the_losses_that_want_them(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    labels = torch.tensor([0, 1, 2, 3])
+    terms = losses.resolve({"dkd": {}, "kd": {}})(*pair, losses.Seen(labels))
+    torch.testing.assert_close(terms["dkd"], losses.dkd(*pair, labels=labels))
+
+
+def test_standardised_by_option(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    spec = {"kd": {"standardise": True, "temperature": 2.0, "weight": 9.0}}
+    expected = 9 * losses.standardised(losses.kd)(*pair, temperature=2.0)
+    torch.testing.assert_close(losses.resolve(spec)(*pair)["kd"], expected)
+
+
+def test_weights_over_a_stage() -> None:
+    spec = {"kd": {"weight": 2.0, "warmup": 3, "decay": 0.25}}
+    (term,) = losses.resolve(spec).terms
+    weights = [term.factor(step, 14) for step in range(14)]
+    assert weights[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])  # a quarter each
+    assert weights[8] == pytest.approx(2 * (0.25 + 0.75 / 2))  # half way of the ten steps left
+    assert weights[13] == pytest.approx(0.5)
+    assert weights[3:] == sorted(weights[3:], reverse=True)
+    (plain,) = losses.resolve({"kd": {"weight": 2.0}}).terms
+    assert {plain.factor(step, 14) for step in range(14)} == {2.0}
+
+
+def test_a_weight_that_changes_is_used(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    resolved = losses.resolve({"kd": {"warmup": 1}})
+    value = resolved(*pair, losses.Seen(step=0, total=2))["kd"]
+    torch.testing.assert_close(value, losses.kd(*pair) / 2)
+
+
+def test_features_need_two_networks(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    resolved = losses.resolve({"cwd": {"at": ["neck", "head"]}, "inner": {"at": "neck"}})
+    assert resolved.points == ("neck", "head")
+    assert str(resolved).startswith("1 * cwd(student, teacher) at neck, head")
+    with pytest.raises(InputError, match="'cwd' looks at modules of the networks"):
+        resolved(*pair)
 
 
 def test_the_spec_is_not_changed() -> None:
@@ -85,13 +132,34 @@ def test_a_loss_must_return_a_scalar(value: object) -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "text"),
     [
-        ("dits", UnknownName, "unknown loss 'dits'; did you mean 'dist'.* Valid names: dist, kd"),
-        ({"kd": {"tau": 1.0}}, UnknownName, "of loss 'kd' 'tau'.* names: temperature, weight"),
+        (
+            "dits",
+            UnknownName,
+            "unknown loss 'dits'; did you mean 'dist'.* Valid names: .*dist, dkd",
+        ),
+        (
+            {"kd": {"tau": 1.0}},
+            UnknownName,
+            "of loss 'kd' 'tau'.* names: at, axis, .*temperature, warmup, weight",
+        ),
         ({"kd": {"student": 1.0}}, UnknownName, "option of loss 'kd' 'student'"),
         ({"kd": {"temperature": 0}}, InputError, "temperature must be a finite number > 0"),
         ({"kd": {"weight": -1}}, InputError, "weight of loss 'kd' must be a finite number >= 0"),
         ({"kd": 3.0}, InputError, "options of loss 'kd' must be a mapping"),
         (["kd"], InputError, "a loss is given by a name, a mapping"),
+        ({"kd": {"warmup": -1}}, InputError, "warmup of loss 'kd' must be a number of steps >= 0"),
+        ({"kd": {"decay": 2}}, InputError, r"decay of loss 'kd' is the share left, in \[0, 1\]"),
+        ({"kd": {"at": 3}}, InputError, "'at' of loss 'kd' must be a module path or several"),
+        ({"kd": {"at": []}}, InputError, "'at' of loss 'kd' must be a module path or several"),
+        ({"kd": {"at": "a", "axis": 0.5}}, InputError, "axis of loss 'kd' must be a whole number"),
+        ({"kd": {"standardise": 1}}, InputError, "standardise of loss 'kd' must be true or false"),
+        ({"dkd": {"at": "neck"}}, InputError, "'dkd' compares classes: it sees the logits"),
+        ({"kd": {"at": "a", "standardise": True}}, InputError, "standardise is for logits"),
+        ({"deep": {"loss": "cvd"}}, UnknownName, "unknown loss 'cvd'; did you mean 'cwd'"),
+        ({"deep": {"at": "neck"}}, UnknownName, "unknown loss 'deep'"),
+        ({"dkd": {"labels": 1}}, UnknownName, "option of loss 'dkd' 'labels'"),
+        ({"mgd": {"channels": 1}}, UnknownName, "option of loss 'mgd' 'channels'"),
+        ({"mgd": {"mask": 2}}, InputError, "mask must be a number in"),
     ],
 )
 def test_faults_are_met_at_once(spec: object, error: type[Exception], text: str) -> None:

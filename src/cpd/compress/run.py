@@ -121,6 +121,7 @@ class Run:
             if stage is not None:
                 try_out(model, stage.optimizer, stage.schedule)
         self.teacher = teacher
+        self.groups: Groups | None = None
         first = next(model.parameters(), None)
         self.home = torch.device("cpu") if first is None else first.device
         val = getattr(self.data, "val", None)
@@ -140,19 +141,30 @@ class Run:
         """The loop of a stage, where a checkpoint left it."""
         teacher = None if stage == "base" else self.teacher
         val = getattr(self.data, "val", None)
-        pieces = Pieces(student, teacher, self.task, self.losses, self.data.train, val)
+        kept = self._kept(more.pop("plan", None))
+        pieces = Pieces(student, teacher, self.task, self.losses, self.data.train, val, kept)
         loop = Loop(pieces, options, stage=stage, seed=self.config.seed, **more)
         resumed = self.journal.resumed
         if resumed is not None and resumed["stage"] == stage:
             loop.load_state_dict(resumed["loop"])
         return loop
 
+    def _kept(self, plan: Plan | None) -> loss_shelf.Kept:
+        """Which channels of the teacher the student has, where losses look at features."""
+        alike = self.config.teacher == "self" and self.groups is not None
+        if plan is None or not alike or not self.losses.points:
+            return {}
+        assert self.groups is not None
+        return loss_shelf.kept_at(self.groups, plan, self.losses.points)
+
     def _train(
         self, stage: str, student: nn.Module, options: LoopOptions, **saved: Any
     ) -> nn.Module:
         """A whole stage with a checkpoint after every evaluation."""
         recorder = Recorder(self.journal)
-        loop = self._loop(stage, student, options, callbacks=(recorder, *self.callbacks))
+        watching = (recorder, *self.callbacks)
+        plan = Plan.from_json(saved["plan"]) if "plan" in saved else None
+        loop = self._loop(stage, student, options, callbacks=watching, plan=plan)
         recorder.save = lambda: self.journal.save(stage, loop, **saved)
         return loop.run().to(self.home)
 
@@ -174,7 +186,9 @@ class Run:
             unknown=config.unknown,
         )
         equal = {group.name: torch.ones(group.size, dtype=torch.float64) for group in groups}
-        choose(groups, equal, config.target_at(config.count), **config.choice)
+        plan = choose(groups, equal, config.target_at(config.count), **config.choice)
+        self.groups = groups
+        self._kept(plan)  # a point that a loss cannot look at is met here too
         if self.journal.resumed is None:
             self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
         return groups
@@ -204,6 +218,8 @@ class Run:
             costs = {cost: after for cost, (_, after) in plan.costs.items()}
             self.journal.record(phase="prune", event="prune", step=step, **costs)
             self.journal.save("prune", loop, plan=plan.to_json(), done=events.done)
+            if loop.losses is not None:
+                loop.losses.keep(self._kept(plan))
             shares = {cost: after / before for cost, (before, after) in plan.costs.items()}
             told = {"done": events.done, "of": self.config.count, "shares": shares}
             self.tell("on_event", "prune", told)
@@ -214,7 +230,10 @@ class Run:
             "prune", student, self.config.prune, steps=events.steps, callbacks=watching, keep="last"
         )
         if resumed is not None and resumed["stage"] == "prune":
-            events.resume(Plan.from_json(resumed["plan"]), resumed["done"])
+            plan = Plan.from_json(resumed["plan"])
+            events.resume(plan, resumed["done"])
+            if loop.losses is not None:
+                loop.losses.keep(self._kept(plan))
         student = loop.run().to(self.home)
         assert events.plan is not None
         return student, events.plan

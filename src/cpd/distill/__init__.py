@@ -21,6 +21,7 @@ from cpd.distill.loop import Loop, Pieces, snapshot
 from cpd.distill.options import LoopOptions, TrainOptions, coerce
 from cpd.distill.seeds import derive, isolated
 from cpd.errors import InputError
+from cpd.plan import Plan
 
 __all__ = [
     "Batches",
@@ -85,6 +86,7 @@ def distill(
     teacher: nn.Module | None = None,
     task: Any = "classification",
     losses: Any = "kd",
+    plan: Plan | None = None,
     options: TrainOptions | Mapping[str, Any] | None = None,
     seed: int = 0,
     callbacks: tuple[Any, ...] = (),
@@ -104,6 +106,8 @@ def distill(
         task: a name of the task shelf, or an object with loss, metrics, logits, primary.
         losses: a name, a mapping of names to options with ``weight``, or a callable. See
             ``cpd.losses``. Unused without a teacher.
+        plan: what the student was cut by, where losses compare its features with those of the
+            teacher it was cut from; as ``choose`` made it, with its groups.
         options: ``TrainOptions``, or a mapping of its fields.
         seed: of order, dropout and transforms; the same seed gives the same weights on one machine.
         callbacks: objects with any methods of ``Callback``.
@@ -126,6 +130,7 @@ def distill(
         loss_shelf.resolve(losses),
         samples.train,
         getattr(samples, "val", None),
+        _kept(plan, loss_shelf.resolve(losses)),
     )
     saver = Saver(Path(checkpoint)) if checkpoint is not None else None
     watching = (*callbacks, saver) if saver is not None else callbacks
@@ -139,6 +144,17 @@ def distill(
     for copied, original in zip(model.modules(), student.modules(), strict=True):
         copied.training = original.training
     return Distilled(model, loop.state.history, _best(loop))
+
+
+def _kept(plan: Plan | None, losses: loss_shelf.Losses) -> loss_shelf.Kept:
+    if plan is None or not losses.points:
+        return {}
+    if plan.groups is None:
+        raise InputError(
+            "the plan does not say where its channels run: comb the teacher again and give "
+            "losses the plan that choose makes, not one read from JSON"
+        )
+    return loss_shelf.kept_at(plan.groups, plan, losses.points)
 
 
 def _best(loop: Loop) -> float | None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cpd.distill.batches import Batches, parts, size, to_device, unpack
+from cpd import losses as loss_shelf
+from cpd.distill.batches import Batches, examples, parts, size, to_device, unpack
 from cpd.distill.callbacks import Callbacks, State
 from cpd.distill.evaluate import evaluate
 from cpd.distill.optim import Schedule, build_optimizer
@@ -33,6 +34,7 @@ class Pieces:
         student: trained in place. teacher: frozen, in evaluation mode, or None. Private copies.
         task: see ``cpd.tasks``. losses: ``(student logits, teacher logits) -> weighted terms``.
         train, val: sources of batches, see ``Batches``; ``val`` may be None.
+        kept: which channels of the teacher's features the student has, see ``cpd.losses.kept_at``.
     """
 
     student: nn.Module
@@ -41,6 +43,7 @@ class Pieces:
     losses: Any
     train: Any
     val: Any = None
+    kept: Mapping[str, Any] | None = None
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -82,17 +85,40 @@ class Loop:
         self.model: nn.Module = self.accelerator.prepare_model(pieces.student)
         if pieces.teacher is not None:
             pieces.teacher.to(self.device).eval().requires_grad_(False)
+        self.losses = self._attached()
         self.optimizer, self.schedule = self._optimizer(total)
         self.best: dict[str, Any] | None = None
         self.evaluated = -1
         self.sums: dict[str, float] = {}
         self.counted = 0
 
+    def _attached(self) -> loss_shelf.Attached | None:
+        """The losses between student and teacher, checked before anything is trained."""
+        pieces = self.pieces
+        if pieces.teacher is None:
+            return None
+        made = loss_shelf.attach(
+            loss_shelf.resolve(pieces.losses),
+            pieces.student,
+            pieces.teacher,
+            inputs=lambda: to_device(examples(pieces.train), self.device),
+            logits=pieces.task.logits,
+            kept=pieces.kept,
+            seed=derive(self.seed, "losses"),
+        )
+        made.modules.to(self.device)
+        return made
+
+    def _learning(self) -> list[nn.Parameter]:
+        """Parameters of losses that learn along."""
+        return [] if self.losses is None else list(self.losses.modules.parameters())
+
     def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, Schedule]:
         options = self.options
-        optimizer = build_optimizer(
-            self.pieces.student, options.optimizer, norm_decay=options.norm_decay
-        )
+        trained: nn.Module = self.pieces.student
+        if self.losses is not None and self._learning():
+            trained = nn.ModuleList([trained, self.losses.modules])
+        optimizer = build_optimizer(trained, options.optimizer, norm_decay=options.norm_decay)
         by_epoch = isinstance(options.schedule, Mapping) and options.schedule.get("per") == "epoch"
         epoch = len(self.train) if by_epoch else 1
         schedule = Schedule(
@@ -178,6 +204,9 @@ class Loop:
         for number, chunk in enumerate(chunks, start=1):
             state.synced = number == len(chunks)
             self._backward(chunk, size(chunk) / rows)
+        if self.accelerator.num_processes > 1:
+            for parameter in self._learning():  # of no wrapped module: averaged by hand
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
         if self.options.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step()
@@ -200,16 +229,19 @@ class Loop:
     def _terms(self, chunk: Any) -> dict[str, torch.Tensor]:
         """Every weighted term of the loss; their sum is what is minimised."""
         args, kwargs, targets = unpack(chunk)
-        task, teacher = self.pieces.task, self.pieces.teacher
+        task, teacher, state = self.pieces.task, self.pieces.teacher, self.state
         with self._autocast():
-            outputs = self.model(*args, **kwargs)
+            if teacher is None or self.losses is None:
+                outputs = self.model(*args, **kwargs)
+                return {"task": self.options.task_weight * task.loss(outputs, targets).float()}
+            with self.losses.watching() as (own, other):
+                outputs = self.model(*args, **kwargs)
+                with torch.no_grad():
+                    taught = teacher(*args, **kwargs)
             terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
-            if teacher is None:
-                return terms
-            with torch.no_grad():
-                taught = teacher(*args, **kwargs)
-            found = self.pieces.losses(task.logits(outputs).float(), task.logits(taught).float())
-        return terms | dict(found)
+            seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
+            found = self.losses(task.logits(outputs).float(), task.logits(taught).float(), seen)
+        return terms | found
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.options.precision == "no":
@@ -286,6 +318,7 @@ class Loop:
             "best": self.best,
             "evaluated": self.evaluated,
             "running": {"sums": self.sums, "counted": self.counted},
+            "losses": {} if self.losses is None else snapshot(self.losses.modules),
             "history": state.history,
         }
 
@@ -298,5 +331,7 @@ class Loop:
         state.student.load_state_dict(saved["student"])
         self.optimizer.load_state_dict(dict(saved["optimizer"]))
         self.schedule.load_state_dict(saved["schedule"])
+        if self.losses is not None:
+            self.losses.modules.load_state_dict(saved.get("losses", {}))
         self.best, self.evaluated = saved["best"], saved["evaluated"]
         self.sums, self.counted = dict(saved["running"]["sums"]), saved["running"]["counted"]
