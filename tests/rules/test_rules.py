@@ -220,6 +220,8 @@ CASES = [
     case("expand front", lambda x: x.expand(2, BATCH, 5, 6).transpose(0, 1), TOKENS),
     case("expand_as", lambda x, y: x.expand_as(y) * y, X(-6, 1, 1), IMAGE),
     case("expand to channels", lambda x: x.expand(-1, 6, -1), X(1, -5)),
+    case("mqa expand", lambda x: x.expand(-1, 6, -1, -1), X(1, 5, -4)),
+    case("mqa repeat", lambda x: x.repeat(1, 6, 1, 1), X(1, 5, -4)),
     case("gqa expand", lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(BATCH, 6, 5, 4), HEADS),
     case("broadcast_to", lambda x: torch.broadcast_to(x, (BATCH, 6, 4, 5)), X(-6, 1, 1)),
     case("cat", lambda x, y: torch.cat([x, y], 1), IMAGE, X(-3, 4, 5)),
@@ -247,7 +249,11 @@ CASES = [
     case("unsafe_chunk", lambda x: x.unsafe_chunk(3, 1), IMAGE),
     case("unsafe_split", lambda x: x.unsafe_split(2, 1), IMAGE),
     case("slice", lambda x: x[:, 1:4], IMAGE),
-    case("slice step", lambda x: x[:, ::2], IMAGE, free=False),
+    case("slice step", lambda x: x[:, ::2], IMAGE),
+    case("slice step both", lambda x: torch.stack([x[..., 1::2] * -1.0, x[..., ::2]], -1).flatten(-2) + x, TOKENS),
+    case("slice step uneven", lambda x: x[:, ::2], X(-5, 3), free=False),
+    case("slice step part", lambda x: x[:, 2::2], IMAGE, free=False),
+    case("slice step heads", lambda x: x[:, ::2], HEADS),
     case("slice space", lambda x: x[:, :, ::2], IMAGE),
     case("slice heads", lambda x: x[:, 1:], HEADS),
     case("slice both", lambda x: x[:, :4] * x[:, 2:], IMAGE),
@@ -269,7 +275,15 @@ CASES = [
     case("pad space", lambda x: F.pad(x, (1, 2)), IMAGE),
     case("pad space value", lambda x: F.pad(x, (1, 2), value=1.5), IMAGE),
     case("pad crop", lambda x: F.pad(x, (-1, 0)), IMAGE),
-    case("pad channels", lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), IMAGE, free=False),
+    case("pad channels", lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), IMAGE),
+    case("pad channels value", lambda x: F.pad(x, (0, 0, 0, 0, 0, 2), value=1.5), IMAGE),
+    case("pad channels add", lambda x, y: F.pad(x, (0, 0, 1, 1)) + y, X(-3, 4), X(-5, 4)),
+    case("pad channels reflect", lambda x: F.pad(x, (1, 1), mode="reflect"), X(3, -6), free=False),
+    case("pad heads", lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), HEADS),
+    case("pad circular", lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), IMAGE),
+    case("reflection_pad3d", lambda x: torch.ops.aten.reflection_pad3d.default(x, [1] * 6), X(-3, 2, 2, 2)),
+    case("replication_pad1d", lambda x: torch.ops.aten.replication_pad1d.default(x, [1, 1]), X(-6, 4)),
+    case("replication_pad3d", lambda x: torch.ops.aten.replication_pad3d.default(x, [1] * 6), X(-3, 2, 2, 2)),
     case("pad shift", lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), IMAGE, free=False),
     case("pad reflect", lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), IMAGE),
     case("pad reflect 1d", lambda x: F.pad(x, (1, 1), mode="reflect"), X(-6, 4)),
@@ -283,7 +297,11 @@ CASES = [
     case("flip channels", lambda x: x.flip(1), IMAGE),
     case("flip space", lambda x: x.flip((2, 3)), IMAGE),
     case("roll space", lambda x: x.roll((1, 2), (2, 3)), IMAGE),
-    case("roll channels", lambda x: x.roll(2, 1), IMAGE, free=False),
+    case("roll channels", lambda x: x.roll(2, 1), IMAGE),
+    case("roll channels back", lambda x: x.roll(-1, 1), IMAGE),
+    case("roll channels twice", lambda x: x.roll((1, 2), (1, 1)), IMAGE),
+    case("roll channels far", lambda x: x.roll(7, 1), IMAGE, free=False),
+    case("roll onto itself", lambda x: x + x.roll(1, 1), IMAGE, free=False),
     case("roll flat", lambda x: x.roll(2), IMAGE, free=False),
     case("roll heads", lambda x: x.roll(1, 1), HEADS),
     case("rot90", lambda x: x.rot90(1, (2, 3)), IMAGE),
@@ -317,7 +335,14 @@ CASES = [
     case("einsum one", lambda x: torch.einsum("bhqd->bqhd", x), HEADS),
     case("einsum outer", lambda x, y: torch.einsum("bi,bj->bij", x, y), X(-5), X(-6)),
     case("einsum sum", lambda x, y: torch.einsum("bci,bcj->bij", x, y), X(-5, 3), X(-5, 4)),
-    case("einsum implicit", lambda x, y: torch.einsum("bi,bj", x, y), X(-5), X(-6), free=False),
+    case("einsum implicit", lambda x, y: torch.einsum("zi,zj", x, y)[None], X(-5), X(-6)),
+    case("einsum implicit order", lambda x, w: torch.einsum("bta,oa", x, w), TOKENS, W(7, 6)),
+    case("einsum ellipsis", lambda x, y: torch.einsum("...qd,...kd->...qk", x, y), HEADS, X(-3, 6, -4)),
+    case("einsum ellipsis implicit", lambda x, w: torch.einsum("...i,ij", x, w), TOKENS, W(6, 7)),
+    case("einsum ellipsis broadcast", lambda x, y: torch.einsum("...qd,...kd->...qk", x, y), HEADS, X(6, -4)),
+    case("einsum three", lambda x, u, v: torch.einsum("bti,ir,ro->bto", x, u, v), TOKENS, W(6, 4), W(4, 7)),
+    case("einsum diagonal", lambda x: torch.einsum("bii->bi", x), X(-4, -4), free=False),
+    case("einsum no batch", lambda x, w: x + torch.einsum("ij,ij->j", w, w), TOKENS, W(4, 6)),
     case("conv1d", lambda x, w, b: F.conv1d(x, w, b, padding=1), X(-6, 5), W(8, 6, 3), W(8)),
     case("conv2d", lambda x, w, b: F.conv2d(x, w, b, padding=1), IMAGE, W(8, 6, 3, 3), W(8)),
     case("conv2d no bias", lambda x, w: F.conv2d(x, w, stride=2), IMAGE, W(8, 6, 3, 3)),
@@ -340,7 +365,9 @@ CASES = [
     case("sdpa mask all heads", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=0.3), HEADS, HEADS, HEADS, X(1, 5, 5)),
     case("sdpa causal", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2), HEADS, HEADS, HEADS),
     case("sdpa three axes", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1.0), X(5, -4), X(5, -4), X(5, -4)),
-    case("sdpa gqa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), X(-4, 5, -4), X(-2, 5, -4), X(-2, 5, -4), free=False),
+    case("sdpa gqa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), X(-4, 5, -4), X(-2, 5, -4), X(-2, 5, -3)),
+    case("sdpa gqa scale", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True), X(-6, 5, -4), X(-2, 5, -4), X(-2, 5, -3)),
+    case("sdpa gqa one", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True), HEADS, X(1, 5, -4), X(1, 5, -4)),
     case("attention by hand", lambda q, k, v: (q @ k.transpose(-1, -2) * 0.4).softmax(-1) @ v, HEADS, HEADS, HEADS),
     case("linear attention", lambda q, k, v: q @ (k.transpose(-1, -2) @ v), HEADS, HEADS, HEADS),
     # norms
@@ -364,7 +391,8 @@ CASES = [
     case("softmax heads", lambda x: x.softmax(-1), HEADS),
     case("log_softmax", lambda x: x.log_softmax(1), IMAGE, free=(True, False)),
     case("softmin", lambda x: F.softmin(x, 2), IMAGE),
-    case("normalize", lambda x: F.normalize(x, dim=-1), TOKENS, free=False),
+    case("normalize", lambda x: F.normalize(x, dim=-1), TOKENS, free=(True, False)),
+    case("normalize heads", lambda x: F.normalize(x, dim=-1), HEADS),
     case("weight norm", lambda x, v, g: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), TOKENS, W(7, 6), W(7, 1), free=(True, False)),
     case("standardised", lambda x, w: F.linear(x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1)), TOKENS, W(7, 6)),
     # reductions
@@ -474,8 +502,8 @@ def names_of(line: Case) -> str:
 def test_cutting_commutes_with_the_op(line: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph on cut tensors computes what the whole graph computes on zeroed ones."""
     module = sys.modules["cpd.comb"]  # the name in the package is the function
-    monkeypatch.setattr(module, "freeze_unfollowed", lambda groups: None)
-    monkeypatch.setattr(module, "_freeze_unheld", lambda model, reader: None)
+    monkeypatch.setattr(module, "freeze_unfollowed", lambda *_: None)
+    monkeypatch.setattr(module, "_freeze_unheld", lambda *_: None)
     total = 0
     for alive in (False, True):
         model, inputs = model_of(line, alive=alive)

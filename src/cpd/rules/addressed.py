@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..labels import Labels, Layer
-from .base import Call, align, positive, rule
+from .base import Call, Zero, align, positive, rule
 
 _DATA = "an index tensor is data"
 
@@ -124,7 +124,7 @@ def gather(call: Call) -> Labels:
     return align(call, operands, out, call.shape, zero=zero)
 
 
-def _written(call: Call) -> object:
+def _written(call: Call) -> Zero:
     """What is written keeps dead channels at zero where it is zero there itself."""
     if isinstance(call.args.get("src"), Labels):
         return lambda flags: flags.get(0, False) and flags.get(2, False)

@@ -6,9 +6,9 @@ from ..labels import Labels
 from .base import Call, rule
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "diff", "unique_consecutive")
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "diff")
 @rule("sort", "argsort", "topk", "kthvalue", "mode", "msort")
-@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft")
+@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft")
 def barrier(call: Call) -> Labels | list[Labels]:
     """Runs along one axis, which is fixed; the other axes pass."""
     x = call.args["self"]
@@ -18,7 +18,6 @@ def barrier(call: Call) -> Labels | list[Labels]:
 
 
 @rule("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fftn", "fft_ifftn")
-@rule("fft_rfftn", "fft_irfftn", "fft_fftshift", "fft_ifftshift")
 def transform(call: Call) -> Labels | list[Labels]:
     """A Fourier transform mixes the axes that it runs over; the other axes pass."""
     x = call.args["self"]
@@ -41,12 +40,9 @@ def _along(call: Call, x: Labels, axes: set[int], why: str) -> Labels | list[Lab
     return results if len(results) > 1 else results[0]
 
 
-@rule("histc", "bincount", "multinomial", "one_hot", "nonzero", "masked_select", "unique")
-@rule("_unique2", "unique_dim", "searchsorted", "bucketize", "masked_scatter", "put", "take")
-@rule("linalg_inv", "linalg_solve", "linalg_det", "linalg_svd", "linalg_qr", "linalg_cholesky")
-@rule("linalg_eigh", "linalg_matrix_exp", "item", "_local_scalar_dense", "is_nonzero", "equal")
+@rule("histc", "bincount", "one_hot", "searchsorted", "bucketize")
 def wall(call: Call) -> Labels | list[Labels]:
-    """Counts, picks or mixes entries of the whole tensor: nothing of what goes in may shrink."""
+    """Counts or places entries of the whole tensor: nothing of what goes in may shrink."""
     for tensor in _tensors(list(call.args.values())):
         call.freeze_all(tensor, f"{call.op} depends on every entry")
     results = [Labels(shape) for shape in call.out]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from ..labels import Labels
+from ..labels import Labels, Layer
 from .base import Call, rule
 
 
@@ -28,14 +29,25 @@ from .base import Call, rule
     "scalar_tensor",
 )
 def uniform(call: Call) -> Labels:
-    """The same (or equally distributed) everywhere. `x_like` has the width of what it is like; a
-    literal size is fixed.
+    """The same (or equally distributed) everywhere, so it fits any width: `x_like` has that of what
+    it is like, and a literal size follows what it meets.
     """
     like = call.args.get("self")
+    zero = "zeros" in call.op
     if call.op.endswith("_like") and isinstance(like, Labels):
-        zero = call.op == "zeros_like"
         return Labels(call.shape, tuple(replace(layer, zero=zero) for layer in like.layers))
-    return Labels(call.shape)
+    literals = call.args.get("size")
+    if not isinstance(literals, Sequence) or len(literals) != len(call.shape):
+        return Labels(call.shape)
+    layers = tuple(
+        Layer((axis,), call.channels.new(size), zero)
+        for axis, size in enumerate(call.shape)
+        if size > 1
+    )
+    out = Labels(call.shape, layers)
+    for index, old in enumerate(literals):
+        call.size("size", index, int(old), out, index)
+    return out
 
 
 @rule(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..labels import Labels, Layer, permute, reshape, spread, squeeze_constant
+from ..labels import Labels, permute, reshape, spread, squeeze_constant
+from ._copies import copied, expanded
 from .base import Call, align, positive, rule
 
 
@@ -52,12 +53,13 @@ def permute_(call: Call) -> Labels:
     return permute(x, [positive(d, len(x.shape)) for d in call.args["dims"]], call.channels)
 
 
-@rule("transpose", "t", "swapaxes", "numpy_T", "movedim", "mT", "adjoint", "matrix_H")
+@rule("transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis")
+@rule("numpy_T", "mT", "mH", "adjoint", "matrix_H")
 def transpose(call: Call) -> Labels:
     """Two axes exchanged."""
     x = call.args["self"]
     order = list(range(len(x.shape)))
-    if call.op == "movedim":
+    if call.op in ("movedim", "moveaxis"):
         named = torch.empty([k + 1 for k in order], device="meta")
         moved = named.movedim(call.args["source"], call.args["destination"])
         order = [size - 1 for size in moved.shape]
@@ -74,7 +76,7 @@ def transpose(call: Call) -> Labels:
 @rule("expand", "broadcast_to")
 def expand(call: Call) -> Labels:
     """Axes of size 1 repeated, new axes in front: the copies may be fewer where they meet fewer."""
-    return _shape_sizes(call, "size", _expanded(call, call.args["self"], call.shape))
+    return _shape_sizes(call, "size", expanded(call, call.args["self"], call.shape))
 
 
 @rule("expand_as")
@@ -86,40 +88,31 @@ def expand_as(call: Call) -> Labels:
     return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))
 
 
-def _expanded(call: Call, x: Labels, shape: tuple[int, ...]) -> Labels:
-    """Return the labels after `expand`. Copies have ids of their own where rows are copied (the key
-    heads that several query heads read) or nothing; the copies of one channel are that channel.
-    """
-    offset = len(shape) - len(x.shape)
-    layers = [replace(e, axes=tuple(a + offset for a in e.axes)) for e in x.layers]
-    if x.uniform:
-        return Labels(shape, tuple(layers), uniform=True)
-    for axis in range(1, len(shape)):
-        if shape[axis] == 1 or (axis >= offset and x.shape[axis - offset] > 1):
-            continue
-        out = Labels(shape, tuple(layers))
-        rows = None if out.owned(axis - 1) else out.at(axis - 1, call.channels)
-        if rows is not None:
-            ids = call.channels.new(*rows.ids.shape, shape[axis])
-            call.channels.unite(call.channels.rows(ids), rows.ids)
-            layers.append(Layer((*rows.axes, axis), ids, zero=False))
-        elif not any(min(e.axes) < axis for e in layers):
-            layers.append(Layer((axis,), call.channels.new(shape[axis]), zero=False))
-    return Labels(shape, tuple(layers))
-
-
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def pad(call: Call) -> Labels:
-    """Padded axes are fixed; the others are not touched."""
+    """Padded axes are fixed, the others are not touched. Channels padded by a constant stay free
+    between the fixed ones.
+    """
     x = call.args["self"]
     widths = list(call.args.get("pad") or call.args.get("padding") or ())
-    padded = {len(x.shape) - 1 - k // 2 for k, width in enumerate(widths) if width}
-    for axis in padded:
-        call.freeze_axis(x, axis, "padded")
-        call.freeze_indices(x, axis, "padded")
-    kept = tuple(e for e in x.layers if not padded & set(e.axes))
+    ends = {len(x.shape) - 1 - k // 2: (widths[k], widths[k + 1]) for k in range(0, len(widths), 2)}
+    constant = call.op == "constant_pad_nd" or call.args.get("mode", "constant") == "constant"
     zero = call.args.get("value") in (None, 0, 0.0)
-    return Labels(call.shape, tuple(replace(e, zero=e.zero and zero) for e in kept))
+    kept = []
+    for layer in x.layers:
+        padded = {axis for axis in layer.axes if any(ends.get(axis, ()))}
+        if padded == {layer.owner} == set(layer.axes) and constant and min(ends[layer.owner]) >= 0:
+            sides = [call.channels.new(width) for width in ends[layer.owner]]
+            for side in sides:
+                call.freeze(side, "padded")
+            ids = np.concatenate([sides[0], layer.ids, sides[1]])
+            kept.append(replace(layer, ids=ids))
+        elif padded:
+            call.freeze(layer.ids, "padded")
+        else:
+            kept.append(replace(layer, zero=layer.zero and zero))
+    return Labels(call.shape, tuple(kept))
 
 
 @rule("pixel_shuffle")
@@ -143,37 +136,121 @@ def pixel_unshuffle(call: Call) -> Labels:
     return _moved(call, call.args["self"])
 
 
-@rule(
-    "flip",
-    "repeat",
-    "tile",
-    "repeat_interleave",
-    "roll",
-    "rot90",
-    "diagonal",
-    "tril",
-    "triu",
-)
-def moved(call: Call) -> Labels:
-    """Run the operator itself on the ids. A roll over channels depends on their number and fixes
-    them.
-    """
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(call: Call) -> Labels:
+    """(g c) -> (c g): each group keeps the same channels."""
+    x, groups = call.args["self"], call.args["groups"]
+    n, c, *space = x.shape
+    parts = reshape(x, (n, groups, c // groups, *space), call.channels)
+    call.size("groups", None, groups, parts, 1)
+    order = [0, 2, 1, *range(3, len(parts.shape))]
+    return reshape(permute(parts, order, call.channels), call.shape, call.channels)
+
+
+@rule("flip", "fliplr", "flipud")
+def flip(call: Call) -> Labels:
+    """Entries in reverse order."""
+    return _moved(call, call.args["self"])
+
+
+@rule("repeat", "tile")
+def repeat(call: Call) -> Labels:
+    """Whole axes again and again. Copies of an axis of size 1 are as those of `expand`."""
     x = call.args["self"]
-    if any(isinstance(value, Labels) for key, value in call.args.items() if key != "self"):
-        call.freeze_all(x, "moved by data")
+    arg = "repeats" if "repeats" in call.args else "dims"
+    times = list(call.args[arg])
+    times = [1] * (len(call.shape) - len(times)) + times
+    sizes = [1] * (len(call.shape) - len(x.shape)) + list(x.shape)
+    single = [n if size == 1 else size for n, size in zip(times, sizes, strict=True)]
+    out = expanded(call, x, tuple(single))
+    offset = len(call.shape) - len(call.args[arg])
+    for axis in (k for k, size in enumerate(sizes) if size == 1 and k >= offset):
+        call.size(arg, axis - offset, times[axis], out, axis)
+    again = [1 if size == 1 else n for n, size in zip(times, sizes, strict=True)]
+    return _by_layers(call.shape, out, lambda ids: ids.repeat(*again), call)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call) -> Labels:
+    """Each index of an axis several times: as `unsqueeze`, `expand` and `flatten`."""
+    x, times, dim = call.args["self"], call.args["repeats"], call.args.get("dim")
+    if isinstance(times, Labels) or dim is None:
+        call.freeze_all(x, "repeated as data says" if dim is not None else "repeated as a whole")
         return Labels(call.shape)
-    if call.op in ("roll", "rot90", "diagonal", "tril", "triu"):
-        dims = call.args.get("dims") or range(len(x.shape))
-        if call.op == "diagonal":
-            dims = (call.args.get("dim1", 0), call.args.get("dim2", 1))
-        elif call.op in ("tril", "triu"):
-            dims = (-2, -1)
-        for axis in (positive(d, len(x.shape)) for d in dims):
-            call.freeze_axis(x, axis, "the order of channels matters")
-            call.freeze_indices(x, axis, "the order of channels matters")
-    if call.op in ("tril", "triu"):
-        return x
+    axis = positive(dim, len(x.shape))
+    return copied(call, x, axis, times, literal="repeats")
+
+
+@rule("roll")
+def roll(call: Call) -> Labels:
+    """Entries moved along an axis, the last ones to the front: those stay, the others are free."""
+    x, shifts, dims = call.args["self"], call.args["shifts"], call.args.get("dims") or ()
+    total: dict[int, int] = {}
+    for shift, dim in zip(shifts, dims, strict=bool(dims)):
+        axis = positive(dim, len(x.shape))
+        total[axis] = total.get(axis, 0) + shift
+    for layer in x.layers:
+        moved = [axis for axis in layer.axes if total.get(axis)]
+        if not dims or (moved and (len(layer.axes) > 1 or abs(total[moved[0]]) >= layer.ids.size)):
+            call.freeze(layer.ids, "the order of channels matters")
+        elif moved:
+            shift = total[moved[0]]
+            first = layer.ids[-shift:] if shift > 0 else layer.ids[:-shift]
+            call.freeze(first, "the order of channels matters")
     return _moved(call, x)
+
+
+@rule("rot90", "diagonal", "tril", "triu")
+def placed(call: Call) -> Labels:
+    """What an entry becomes depends on its place in two axes, which are fixed."""
+    x = call.args["self"]
+    dims = call.args.get("dims", (-2, -1))
+    if call.op == "diagonal":
+        dims = (call.args.get("dim1", 0), call.args.get("dim2", 1))
+    for axis in (positive(d, len(x.shape)) for d in dims):
+        for layer in x.layers:
+            if axis in layer.axes:
+                call.freeze(layer.ids, "the order of channels matters")
+    return x if call.op in ("tril", "triu") else _moved(call, x)
+
+
+@rule("unfold")
+def unfold(call: Call) -> Labels:
+    """Windows of one axis, which is fixed; they become the last axis."""
+    x = call.args["self"]
+    axis = positive(call.args["dimension"], len(x.shape))
+    for layer in x.layers:
+        if axis in layer.axes:
+            call.freeze(layer.ids, "unfolded")
+    return Labels(call.shape, tuple(e for e in x.layers if axis not in e.axes))
+
+
+@rule("meshgrid")
+def meshgrid(call: Call) -> list[Labels]:
+    """Each tensor along an axis of its own."""
+    tensors = call.args["tensors"]
+    axes = list(range(len(tensors)))
+    if call.args.get("indexing") == "xy" and len(axes) > 1:
+        axes[:2] = [1, 0]
+    return [
+        Labels(shape, tuple(replace(e, axes=(axis,)) for e in x.layers))
+        for x, axis, shape in zip(tensors, axes, call.out, strict=True)
+    ]
+
+
+@rule("view_as_complex", "view_as_real")
+def view_as_complex(call: Call) -> Labels:
+    """The last axis of two, real and imaginary part, taken away or put there."""
+    x = call.args["self"]
+    if call.op == "view_as_real":
+        return Labels(call.shape, x.layers)
+    last = len(x.shape) - 1
+    call.freeze_axis(x, last, "real and imaginary part")
+    layer = x.at(last - 1, call.channels)
+    kept = tuple(e for e in x.layers if last not in e.axes)
+    if layer is not None and layer not in kept:
+        kept = (*kept, layer)
+    return Labels(call.shape, kept)
 
 
 @rule("im2col")
@@ -190,14 +267,40 @@ def im2col(call: Call) -> Labels:
     return Labels(call.shape, y.layers)
 
 
+@rule("col2im")
+def col2im(call: Call) -> Labels:
+    """(c k k, places) -> (c, h, w): the k x k values of one channel go together."""
+    x = call.args["self"]
+    at = len(x.shape) - 2
+    for layer in (e for e in x.layers if at + 1 in e.axes):
+        call.freeze(layer.ids, "folded")
+    c = call.shape[at]
+    kept = tuple(e for e in x.layers if at + 1 not in e.axes)
+    apart = (*x.shape[:at], c, x.shape[at] // c)
+    y = reshape(Labels(x.shape[: at + 1], kept), apart, call.channels)
+    call.freeze_axis(y, at + 1, "places of one channel")
+    layer = y.at(at, call.channels)
+    rest = tuple(e for e in y.layers if not set(e.axes) & {at, at + 1})
+    return Labels(call.shape, rest if layer is None else (*rest, layer))
+
+
 def _moved(call: Call, x: Labels) -> Labels:
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        return call.target(**{**call.args, "self": ids})
+
+    return _by_layers(call.shape, x, run, call)
+
+
+def _by_layers(
+    shape: tuple[int, ...], x: Labels, run: Callable[[torch.Tensor], torch.Tensor], call: Call
+) -> Labels:
+    """Run a move on the ids of each layer."""
     layers = []
     for layer in x.layers:
         full = np.broadcast_to(spread(layer, layer.ids, len(x.shape)), x.shape)
-        args = {**call.args, "self": torch.from_numpy(np.array(full))}
-        result = call.target(**args).numpy()
+        result = run(torch.from_numpy(np.array(full))).numpy()
         part = squeeze_constant(tuple(range(result.ndim)), result, layer.zero)
         if part.axes:
             call.channels.nest(part.ids)
             layers.append(part)
-    return Labels(call.shape, tuple(layers), x.uniform)
+    return Labels(shape, tuple(layers), x.uniform)

@@ -73,3 +73,14 @@ def softmax(call: Call) -> Labels:
             call.channels.columns(layer.ids.reshape(-1, layer.ids.shape[-1]))
     names = [f"d{k}" for k in range(len(x.shape))]
     return align(call, [(x, names)], names, call.shape, zero=lambda _: False)
+
+
+@rule("_weight_norm")
+def weight_norm(call: Call) -> Labels:
+    """w = g v / |v|, the norm over all axes of v but one: entries that are zero are passed over."""
+    v, g = call.args["v"], call.args["g"]
+    names = [f"d{k}" for k in range(len(v.shape))]
+    kept = [n for n in names if call.args.get("dim", 0) in (names.index(n),)]
+    align(call, [(v, names)], kept, tuple(v.shape[names.index(n)] for n in kept))
+    own = names if len(g.shape) == len(names) else kept
+    return align(call, [(v, names), (g, own[: len(g.shape)])], names, call.shape)

@@ -119,8 +119,7 @@ def slice_(call: Call) -> Labels:
     if (start, stop, step) == (0, size, 1):
         return x
     if step != 1:
-        call.freeze_axis(x, axis, "every n-th channel is taken")
-        call.freeze_indices(x, axis, "every n-th row is taken")
+        return _strided(call, x, axis, (start, stop, step))
     out = _slice(call, x, axis, start, stop, step)
     _keep_one(call, x, axis, [(0, start), (start, stop), (stop, size)])
     if size in (2 * start, 2 * stop):
@@ -131,6 +130,20 @@ def slice_(call: Call) -> Labels:
     elif stop < size:
         _bound(call, "end", stop, x, axis)
     return out
+
+
+def _strided(call: Call, x: Labels, axis: int, run: tuple[int, int, int]) -> Labels:
+    """Every n-th index: where n at a time live and die together, every n-th of them is left."""
+    start, stop, step = run
+    size = x.shape[axis]
+    layer = x.owned(axis)
+    if layer is not None and size % step == 0 and start < step and stop + step > size + start:
+        ids = layer.ids.reshape(*layer.ids.shape[:-1], size // step, step)
+        call.channels.unite(ids, ids[..., :1])
+    else:
+        call.freeze_axis(x, axis, "every n-th channel is taken")
+        call.freeze_indices(x, axis, "every n-th row is taken")
+    return _slice(call, x, axis, start, stop, step)
 
 
 def _bound(call: Call, arg: str, bound: int, x: Labels, axis: int) -> None:
@@ -205,7 +218,7 @@ def unbind(call: Call) -> list[Labels]:
 def _selected(call: Call, x: Labels, axis: int, index: int) -> Labels:
     layer = x.at(axis, call.channels)
     if layer is not None:
-        call.freeze(layer.ids, "rows are addressed one by one")
+        call.channels.freeze_inner(layer.ids, "rows are addressed one by one")
     part = _slice(call, x, axis, index, index + 1)
     shape = (*x.shape[:axis], *x.shape[axis + 1 :])
     return reshape(part, shape, call.channels)

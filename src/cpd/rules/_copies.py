@@ -1,0 +1,43 @@
+"""Copies: what repeats rows. Shared by the moves and by attention with fewer keys than queries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..labels import Labels, Layer, reshape
+from .base import Call
+
+
+def expanded(call: Call, x: Labels, shape: tuple[int, ...]) -> Labels:
+    """Return the labels after `expand`. Copies have ids of their own where rows are copied (the key
+    heads that several query heads read) or nothing; the copies of one channel are that channel.
+    """
+    offset = len(shape) - len(x.shape)
+    layers = [replace(e, axes=tuple(a + offset for a in e.axes)) for e in x.layers]
+    if x.uniform:
+        return Labels(shape, tuple(layers), uniform=True)
+    for axis in range(1, len(shape)):
+        if shape[axis] == 1 or (axis >= offset and x.shape[axis - offset] > 1):
+            continue
+        out = Labels(shape, tuple(layers))
+        rows = None if out.owned(axis - 1) else out.at(axis - 1, call.channels)
+        if rows is not None:
+            ids = call.channels.new(*rows.ids.shape, shape[axis])
+            call.channels.unite(call.channels.rows(ids), rows.ids)
+            layers.append(Layer((*rows.axes, axis), ids, zero=False))
+        elif not any(min(e.axes) < axis for e in layers):
+            layers.append(Layer((axis,), call.channels.new(shape[axis]), zero=False))
+    return Labels(shape, tuple(layers))
+
+
+def copied(call: Call, x: Labels, axis: int, times: int, *, literal: str = "") -> Labels:
+    """Return the labels after each index of an axis came `times` times: `unsqueeze`, `expand` and
+    `flatten`. `literal`: the argument that holds `times`.
+    """
+    apart = (*x.shape[: axis + 1], 1, *x.shape[axis + 1 :])
+    copies = (*apart[: axis + 1], times, *apart[axis + 2 :])
+    out = expanded(call, reshape(x, apart, call.channels), copies)
+    if literal:
+        call.size(literal, None, times, out, axis + 1)
+    merged = (*x.shape[:axis], x.shape[axis] * times, *x.shape[axis + 1 :])
+    return reshape(out, merged, call.channels)
