@@ -10,11 +10,12 @@ import torch
 from cpd import _shelf
 from cpd.errors import InputError
 from cpd.tasks.classification import Classification
+from cpd.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-__all__ = ["SHELF", "Classification", "Task", "resolve"]
+__all__ = ["SHELF", "Classification", "Segmentation", "Task", "resolve"]
 
 
 @runtime_checkable
@@ -41,6 +42,7 @@ class Task(Protocol):
 
 SHELF: dict[str, Callable[..., Task]] = {
     "classification": Classification,
+    "segmentation": Segmentation,
 }
 
 
