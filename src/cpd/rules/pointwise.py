@@ -108,6 +108,8 @@ def _zero_probe(call: Call, tensors: list[str], undefined: list[dict[int, bool]]
 
 def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float) -> bool | None:
     args = dict(call.args)
+    if "device" in args:
+        args["device"] = torch.device("cpu")  # the model's may be the one without values
     for name, zero in zip(tensors, zeros, strict=True):
         args[name] = torch.full((1,), 0.0 if zero else value)
     names = [argument.name for argument in call.target._schema.arguments]
