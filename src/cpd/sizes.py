@@ -55,6 +55,8 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
         module = model.get_submodule(path)
         if isinstance(module, NORM_AND_CONV) and size.arg in vars(module):
             return [(path, size.arg, size.index if size.arg == "normalized_shape" else None)]
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return []  # its attributes are those of its weights
         found = _attributes(module, size.old)
         if size.arg == "split_sizes":  # a list of sizes is held in its own order
             found = [place for place in found if place[1] in (None, size.index)]

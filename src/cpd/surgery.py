@@ -134,6 +134,21 @@ def _prelu(m: Any) -> None:
     m.num_parameters = m.weight.shape[0]
 
 
+def _recurrent(m: Any) -> None:
+    m.input_size, m.hidden_size = m.weight_ih_l0.shape[1], m.weight_hh_l0.shape[1]
+    if m.proj_size:
+        m.proj_size, m.hidden_size = m.weight_hr_l0.shape
+    m._init_flat_weights()  # it holds its weights a second time
+
+
+def _recurrent_cell(m: Any) -> None:
+    m.input_size, m.hidden_size = m.weight_ih.shape[1], m.weight_hh.shape[1]
+
+
+def _bilinear(m: Any) -> None:
+    m.out_features, m.in1_features, m.in2_features = m.weight.shape
+
+
 def _attention(m: Any) -> None:
     CutMultiheadAttention.adopt(m)
 
@@ -147,4 +162,7 @@ _KNOWN: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
     (nn.MultiheadAttention, _attention),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
+    (nn.Bilinear, _bilinear),
 )

@@ -11,6 +11,6 @@ from __future__ import annotations
 from .base import Call, Factor, Pin, Size, find, known
 
 # The shelf. Importing a file registers its rules.
-from . import addressed, barrier, contract, create, move, norm, parts, pointwise, reduce  # noqa: F401  isort: skip
+from . import addressed, barrier, contract, create, move, norm, parts, pointwise, recurrent, reduce  # noqa: F401  isort: skip
 
 __all__ = ["Call", "Factor", "Pin", "Size", "find", "known"]

@@ -14,8 +14,6 @@ def expanded(call: Call, x: Labels, shape: tuple[int, ...]) -> Labels:
     """
     offset = len(shape) - len(x.shape)
     layers = [replace(e, axes=tuple(a + offset for a in e.axes)) for e in x.layers]
-    if x.uniform:
-        return Labels(shape, tuple(layers), uniform=True)
     for axis in range(1, len(shape)):
         if shape[axis] == 1 or (axis >= offset and x.shape[axis - offset] > 1):
             continue
@@ -27,7 +25,7 @@ def expanded(call: Call, x: Labels, shape: tuple[int, ...]) -> Labels:
             layers.append(Layer((*rows.axes, axis), ids, zero=False))
         elif not any(min(e.axes) < axis for e in layers):
             layers.append(Layer((axis,), call.channels.new(shape[axis]), zero=False))
-    return Labels(shape, tuple(layers))
+    return Labels(shape, tuple(layers), x.uniform)
 
 
 def copied(call: Call, x: Labels, axis: int, times: int, *, literal: str = "") -> Labels:

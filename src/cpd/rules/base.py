@@ -204,7 +204,7 @@ def align(
 def _entries(call: Call, labels: Labels, names: Sequence[str]) -> list[tuple[str, _Entry]]:
     found = []
     for axis, name in enumerate(names):
-        layer = None if labels.uniform else labels.at(axis, call.channels)
+        layer = labels.at(axis, call.channels)
         if layer is not None and labels.shape[axis] > 1:
             named = tuple(names[x] for x in layer.axes)
             call.channels.use(layer.ids)
@@ -215,7 +215,7 @@ def _entries(call: Call, labels: Labels, names: Sequence[str]) -> list[tuple[str
 
 
 def _fixes(labels: Labels, names: Sequence[str], name: str) -> bool:
-    if labels.uniform or name not in names:
+    if name not in names:
         return False
     axis = list(names).index(name)
     return labels.shape[axis] > 1 and not labels.carries(axis)

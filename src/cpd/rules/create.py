@@ -38,13 +38,13 @@ def uniform(call: Call) -> Labels:
         return Labels(call.shape, tuple(replace(layer, zero=zero) for layer in like.layers))
     literals = call.args.get("size")
     if not isinstance(literals, Sequence) or len(literals) != len(call.shape):
-        return Labels(call.shape)
+        return Labels(call.shape, uniform=True)
     layers = tuple(
         Layer((axis,), call.channels.new(size), zero)
         for axis, size in enumerate(call.shape)
         if size > 1
     )
-    out = Labels(call.shape, layers)
+    out = Labels(call.shape, layers, uniform=True)
     for index, old in enumerate(literals):
         call.size("size", index, int(old), out, index)
     return out

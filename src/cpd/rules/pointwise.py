@@ -7,6 +7,7 @@ itself on zeros.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,9 +66,7 @@ def pointwise(call: Call) -> Labels:
     for flags in undefined:
         for number in (n for n, zero in flags.items() if zero):
             call.freeze_all(tensors[number][1], "not finite where channels are zero")
-    if all(value.uniform for _, value in tensors):
-        return Labels(call.shape, uniform=True)
-    return labels
+    return replace(labels, uniform=all(value.uniform for _, value in tensors))
 
 
 def _names(labels: Labels, rank: int) -> list[str]:
