@@ -155,6 +155,7 @@ def counted_macs(model: nn.Module, inputs: Any) -> int:
     """Return what PyTorch's own counter sees, attention as two matrix products."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter asks leaves for gradients
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cpd.trace import split_inputs
 
 Built = tuple[nn.Module, Any]
 Build = Callable[[], Built]
@@ -37,7 +40,8 @@ class Network:
         torch.manual_seed(seed)
         model, inputs = self.build()
         randomise(model, seed)
-        return model.eval(), inputs
+        calibrate(model.eval(), inputs)
+        return model, inputs
 
 
 @torch.no_grad()
@@ -67,3 +71,20 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             tensor.copy_(0.1 * normal(tensor))
         elif name.endswith("running_var"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, inputs: Any) -> None:
+    """Give batch norms the statistics of the inputs: signals neither fade nor grow with depth."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    args, kwargs = split_inputs(inputs)
+    model(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum

@@ -1,11 +1,29 @@
-"""All networks of the zoo, by name. Lists load without the libraries; builders import them."""
+"""All networks of the zoo, by name. The lists load without the libraries; builders import them."""
 
 from __future__ import annotations
 
+from . import (
+    with_language,
+    with_mm,
+    with_monai,
+    with_smp,
+    with_timm,
+    with_torchvision,
+    with_transformers,
+    with_ultralytics,
+)
 from .network import Network
-from .with_timm import NETWORKS as TIMM
 
-LISTS = (TIMM,)
+LISTS = (
+    with_timm.NETWORKS,
+    with_torchvision.NETWORKS,
+    with_transformers.NETWORKS,
+    with_language.NETWORKS,
+    with_smp.NETWORKS,
+    with_ultralytics.NETWORKS,
+    with_monai.NETWORKS,
+    with_mm.NETWORKS,
+)
 
 
 def registry() -> dict[str, Network]:

@@ -121,14 +121,13 @@ def _mode(model: nn.Module, inputs: Any, exact: bool, clock: Clock) -> None:
     )  # fmt: skip
     mode["status"] = "sound" if proof else "unsound"
     if proof.mode == "run":
-        mode["status"] = "error"
+        mode.update(status="error", stage="run")
         return
     _further(model, small, plan, inputs, clock)
-    mode["stage"] = "done"
 
 
 def _further(model: nn.Module, small: nn.Module, plan: cpd.Plan, inputs: Any, clock: Clock) -> None:
-    """The checks after the proof: the first that fails makes the status."""
+    """Run the checks after the proof: one that fails makes the status."""
     mode = clock.mode
     all_checks = {
         "batch": lambda: checks.other_batch(model, small, inputs),
@@ -136,14 +135,16 @@ def _further(model: nn.Module, small: nn.Module, plan: cpd.Plan, inputs: Any, cl
         "copies": lambda: checks.copies(model, small, inputs),
         "artefact": lambda: checks.artefact(model, small, plan, inputs),
     }
-    mode["checks"] = {}
+    mode["checks"], failed = {}, ""
     for key, check in all_checks.items():
         mode["checks"][key] = answer = clock(key, checks.guarded, check)
         if answer != checks.OK and not answer.startswith("as before") and mode["proved"]:
             mode.update(status="error", message=f"{key}: {answer}")
-    with contextlib.suppress(NotImplementedError):
-        whole = checks.counted_macs(model, inputs)
-        mode["counted"] = round(checks.counted_macs(small, inputs) / max(whole, 1), 4)
+            failed = failed or key
+    mode["stage"] = failed or "done"
+    if not failed:
+        whole, left = (clock("count", checks.counted_macs, m, inputs) for m in (model, small))
+        mode["counted"] = round(left / max(whole, 1), 4)
 
 
 def found(groups: cpd.Groups) -> dict[str, Any]:
