@@ -50,12 +50,20 @@ def capture(module: nn.Module, calls: list[Data]) -> Forward:
     """
     tree, varying = _form(calls)
     with quiet_state():
-        graphs = {}
-        for mode in ("eval", "train"):
-            single = _graph(module, calls[0], varying, torch.float32, mode == "train")
-            double = _graph(module, calls[0], varying, torch.float64, mode == "train")
-            graphs[mode] = _data(single, double)
+        single = _graph(module, calls[0], varying, torch.float32, training=False)
+        double = _graph(module, calls[0], varying, torch.float64, training=True)
+        if _alike(single, double):  # most modules leave it to their children to train
+            graphs = {"eval": _data(single, double), "train": _data(double, single)}
+        else:
+            other = _graph(module, calls[0], varying, torch.float64, training=False)
+            training = _graph(module, calls[0], varying, torch.float32, training=True)
+            graphs = {"eval": _data(single, other), "train": _data(training, double)}
     return Forward(tree, graphs)
+
+
+def _alike(single: fx.Graph, double: fx.Graph) -> bool:
+    pairs = zip(single.nodes, double.nodes, strict=False)
+    return len(single.nodes) == len(double.nodes) and all(a.target == b.target for a, b in pairs)
 
 
 def _form(calls: list[Data]) -> tuple[Data, list[tuple[bool, ...]]]:
@@ -114,6 +122,7 @@ def _graph(
     call: Data,
     varying: list[tuple[bool, ...]],
     dtype: torch.dtype,
+    *,
     training: bool,
 ) -> fx.Graph:
     """Return the calls of one forward; its `output` holds the structure of what it returns."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
 from .capture import Uncapturable, capture, record
+from .channels import Ids
 from .errors import CPDError
 from .forward import Data, Forward, changed
 from .graph import Step
@@ -38,22 +40,21 @@ class Template:
     forward: Forward
     places: dict[Place, tuple[Size, ...]]
     scales: dict[Place, tuple[Labels, int]]
+    ids: Ids
 
     def at(self, alive: Mask) -> Forward | None:
-        """Return the forward for live ids; None where nothing in it changes."""
+        """Return the forward for live ids; None where nothing that passes through it changes."""
+        if alive[self.ids].all():
+            return None
         values: dict[Place, Any] = {}
-        moved = False
         for place, sizes in self.places.items():
             new = {axis_size(size.labels, size.axis, alive) for size in sizes}
             if len(new) > 1:
                 raise Disagreement(f"a size of {sizes[0].old} becomes {sorted(new)}")
             values[place] = new.pop()
-            moved |= values[place] != sizes[0].old
         for place, (labels, axis) in self.scales.items():
-            old = labels.shape[axis]
-            values[place] = old**-0.5
-            moved |= axis_size(labels, axis, alive) != old
-        return changed(self.forward, values) if moved else None
+            values[place] = labels.shape[axis] ** -0.5
+        return changed(self.forward, values)
 
 
 class Disagreement(CPDError):
@@ -118,7 +119,17 @@ class Replacements:
         forward = self._capture(module, calls)
         places = _matched(forward, self.steps.get(path, []))
         scales = _scales(forward, self.steps.get(path, []))
-        return Template(forward, places, scales)
+        return Template(forward, places, scales, self._passing(path))
+
+    def _passing(self, path: str) -> Ids:
+        """Return the ids of all that a module and its children compute with."""
+        inside = [v for k, v in self.steps.items() if not path or f"{k}.".startswith(f"{path}.")]
+        found = [np.empty(0, np.int64)]
+        for step in (step for steps in inside for step in steps):
+            for value in pytree.tree_leaves([step.out, list(step.args.values())]):
+                if isinstance(value, Labels):
+                    found += [layer.ids.ravel() for layer in value.layers]
+        return np.unique(np.concatenate(found))
 
     def _capture(self, module: nn.Module, calls: list[Data]) -> Forward:
         """Capture a forward once for all modules that have the same code and numbers."""

@@ -9,13 +9,16 @@ are tried once for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .channels import Reason
 from .groups import Groups
@@ -27,7 +30,17 @@ from .surgery import rebuild
 from .trace import location, quiet_state
 from .units import Family
 
-Run = Callable[[Mask], str | None]
+
+@dataclass(frozen=True)
+class Failure:
+    """What a trial ended with, and the modules in whose code it did, from the inside out."""
+
+    text: str
+    paths: tuple[str, ...] = ()
+
+
+Run = Callable[[Mask], Failure | None]
+Mode = AbstractContextManager[Any]
 _PARTS = ("start", "end", "length", "groups", "num_groups", "split_size")
 
 
@@ -54,43 +67,57 @@ def freeze_unfollowed(groups: Groups) -> None:
         if error is not None:
             error = _tried_replaced(groups, kind, run, error)
         if error is not None:
-            _freeze(groups, kind, f"the code cannot follow: {error}")
+            _freeze(groups, kind, f"the code cannot follow: {error.text}")
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
     error = run(_without(groups, kept))
     if error is not None:
         error = _tried_replaced(groups, kept, run, error)
     if error is not None:
-        _freeze(groups, kept, f"the code cannot follow together with others: {error}")
+        _freeze(groups, kept, f"the code cannot follow together with others: {error.text}")
 
 
-def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> str | None:
+def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> Failure | None:
     error = run(_without(groups, kind))
     for part in (kind[::2], kind[1::2]) if halves else ():
         error = error or run(_without(groups, part, least=True))
     return error
 
 
-def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: str) -> str | None:
-    """Try again with replaced forwards: where no attribute holds a size, then where one does."""
-    places = _touched(groups, kind)
-    for paths in ([p for p, held in places.items() if not held], list(places)):
-        added = groups.replaced.enable(paths, error)
-        if added:
-            again = _tried(groups, kind, run, halves=True)
-            if again is None:
-                return None
-            groups.replaced.disable(added)
-            error = again
-    reasons = {
-        f"{p or 'the network'}: {groups.replaced.why_not[p]}"
-        for p in places
-        if p in groups.replaced.why_not
-    }
-    return "; ".join([error, *sorted(reasons)[:2]])
+def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure) -> Failure | None:
+    """Try again with replaced forwards, where the code failed and wherever it is the same code.
+
+    Where the code runs but puts out other shapes, the modules that hold the sizes are taken.
+    """
+    enabled: list[str] = []
+    again: Failure | None = error
+    while again is not None:
+        paths = _of_one_class(groups, again.paths) or _touched(groups, kind)
+        added = groups.replaced.enable(paths, again.text)
+        if not added:
+            groups.replaced.disable(enabled)
+            reasons = [groups.replaced.why_not.get(path) for path in again.paths]
+            return Failure("; ".join([again.text, *[r for r in reasons if r][:1]]), again.paths)
+        enabled += added
+        again = _tried(groups, kind, run, halves=True)
+    return None
 
 
-def _touched(groups: Groups, kind: list[Family]) -> dict[str, bool]:
-    """Return the modules whose literals the families change, and whether attributes hold all."""
+def _of_one_class(groups: Groups, paths: tuple[str, ...]) -> list[str]:
+    """Return all modules of the class of the innermost of `paths` that can be replaced."""
+    for path in paths:
+        if path not in groups.replaced.active and groups.replaced.template(path) is not None:
+            kind = type(groups.model.get_submodule(path))
+            modules = groups.model.named_modules()
+            return [
+                name for name, m in modules if type(m) is kind and name in groups.replaced.steps
+            ]
+    return []
+
+
+def _touched(groups: Groups, kind: list[Family]) -> list[str]:
+    """Return the modules whose literals the families change; those that no attribute holds
+    first.
+    """
     held = {id(size) for site in groups.sites for size in site.sizes}
     mine = np.zeros(groups.units.count, bool)
     for family in kind:
@@ -101,7 +128,8 @@ def _touched(groups: Groups, kind: list[Family]) -> dict[str, bool]:
         layers = [x for x in size.labels.layers if size.axis in x.axes]
         if any(mine[groups.units.label[layer.ids]].any() for layer in layers):
             found[path] = found.get(path, True) and id(size) in held
-    return found
+    open_ = [path for path, held_ in found.items() if not held_]
+    return open_ if set(open_) - set(groups.replaced.active) else list(found)
 
 
 def _loose(groups: Groups) -> Mask:
@@ -204,15 +232,20 @@ def _runner(groups: Groups) -> Run:
 
     @lru_cache(maxsize=1)
     def device() -> str:
-        """Where the uncut model runs: code that needs values takes real tensors."""
-        whole = _run(groups.model, groups, groups.everything(), "meta", None)
-        return "meta" if whole is None else "cpu"
+        """Where the uncut model runs: code that asks for values may do without while it is traced
+        ("fake"), or else takes real tensors.
+        """
+        for place in ("meta", "fake"):
+            if _run(groups.model, groups, groups.everything(), place, None) is None:
+                return place
+        return "fake" if any(tensor.is_meta for tensor in groups.model.parameters()) else "cpu"
 
-    def run(alive: Mask) -> str | None:
-        error = _run(groups.model, groups, alive, "meta", expected)
-        if error is None or device() == "meta":
-            return error
-        return _run(groups.model, groups, alive, "cpu", expected)
+    def run(alive: Mask) -> Failure | None:
+        if not device.cache_info().currsize:
+            error = _run(groups.model, groups, alive, "meta", expected)
+            if error is None or device() == "meta":
+                return error
+        return _run(groups.model, groups, alive, device(), expected)
 
     return run
 
@@ -229,39 +262,64 @@ def _run(
     alive: Mask,
     device: str,
     expected: list[tuple[int, ...]] | None,
-) -> str | None:
+) -> Failure | None:
     of_ids = alive[groups.units.label]
     tensors = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "fake" else nullcontext()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         labels = groups.labels[groups.trace.aliases[name]]
         shape = new_shape(labels, of_ids) if labels.layers else tuple(tensor.shape)
-        if device == "meta":
-            tensors[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        if device != "cpu":
+            tensors[name] = _empty(shape, tensor.dtype, mode)
         elif shape != tuple(tensor.shape):
             tensors[name] = tensor.detach()[tuple(slice(0, n) for n in shape)]
     try:
         forwards = groups.replaced.at(of_ids)
     except Disagreement as error:
-        return str(error)
+        return Failure(str(error))
     small = rebuild(model, tensors, attribute_values(model, groups.sites, of_ids), forwards).eval()
-    args, kwargs = _to(groups.trace.args, device), _to(groups.trace.kwargs, device)
+    args, kwargs = _to(groups.trace.args, mode, device), _to(groups.trace.kwargs, mode, device)
     try:
-        with quiet_state(), torch.no_grad():
+        with quiet_state(), torch.no_grad(), mode:
             out = small(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - any failure of the model's code is the answer sought
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        text = (str(error).strip().splitlines() or [""])[0]
+        return Failure(f"{type(error).__name__}: {text}", _failed_in(small, error))
     shapes = [
         tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)
     ]
     if expected is not None and sorted(shapes) != sorted(expected):
-        return f"puts out {shapes} instead of {expected}"
+        return Failure(f"puts out {shapes} instead of {expected}")
     return None
 
 
-def _to(value: Any, device: str) -> Any:
-    return torch.utils._pytree.tree_map(
-        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value
-    )
+def _failed_in(model: nn.Module, error: BaseException) -> tuple[str, ...]:
+    """Return the modules in whose code an error arose, from the inside out."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = []
+    trace = error.__traceback__
+    while trace is not None:
+        path = paths.get(id(trace.tb_frame.f_locals.get("self")))
+        if path is not None:
+            found.append(path)
+        trace = trace.tb_next
+    return tuple(dict.fromkeys(reversed(found)))
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, mode: Mode) -> torch.Tensor:
+    """Return a tensor without values: on the meta device, or a fake one."""
+    with mode:
+        fake = isinstance(mode, FakeTensorMode)
+        return torch.empty(shape, dtype=dtype, device="cpu" if fake else "meta")
+
+
+def _to(value: Any, mode: Mode, device: str) -> Any:
+    def moved(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return _empty(x.shape, x.dtype, mode) if device != "cpu" else x.to(device)
+
+    return torch.utils._pytree.tree_map(moved, value)
 
 
 def _freeze(groups: Groups, families: list[Family], why: str) -> None:
