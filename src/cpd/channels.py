@@ -32,6 +32,10 @@ class Place:
     path: str = ""
     source: str = ""
 
+    def __str__(self) -> str:
+        where = f"{self.op} in {self.path}" if self.op and self.path else self.op
+        return ", ".join(part for part in (where, self.source) if part)
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -39,6 +43,10 @@ class Reason:
 
     text: str
     place: Place = field(default_factory=Place)
+
+    def __str__(self) -> str:
+        place = str(self.place)
+        return f"{self.text} ({place})" if place else self.text
 
 
 @dataclass

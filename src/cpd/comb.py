@@ -7,7 +7,6 @@ found by trial and kept.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -365,10 +364,11 @@ def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
     for closure in closures:
         movable[closure] = True
     parameters = {name for name, _ in groups.model.named_parameters()}
+    why = np.where(units.frozen >= 0, units.frozen, units.held)
     for _, tensor, layer, classes in _layers(groups):
-        stuck = np.unique(classes[~movable[classes]]) if tensor in parameters else classes[:0]
-        causes = (units.cause(c) or units.holder(c) for c in stuck.tolist())
-        counted = Counter(cause or _KEEPS_STEP for cause in causes)
-        for cause, count in counted.items():
-            at = cause.place
+        stuck = ~movable[classes]
+        for number in np.unique(why[classes[stuck]]).tolist() if tensor in parameters else ():
+            mine = (stuck & (why[classes] == number)).reshape(-1, classes.shape[-1]).any(0)
+            cause = units.reasons[number] if number >= 0 else _KEEPS_STEP
+            at, count = cause.place, int(mine.sum())
             yield Frozen(tensor, layer.owner, cause.text, count, at.op, at.path, at.source)

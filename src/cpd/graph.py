@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import fx
 
 from .channels import Channels, Ids, Place
 from .errors import TraceError
-from .labels import Labels, Layer, Mask, layer_size
+from .labels import Labels, Layer, Mask, layer_size, live_size
 from .rules import Call, Factor, Pin, Size, find
 from .trace import Trace, location, source_line
 
@@ -72,13 +73,36 @@ class Terms:
     def count(self, alive_ids: Mask) -> int:
         """Return the cost with these ids alive (an exact integer)."""
         sizes = [layer_size(f.layer, f.position, alive_ids) for f in self.factors]
-        total = self.constant
-        for row, times in self.terms:
-            product = times
-            for factor in row:
-                product *= sizes[factor]
-            total += product
-        return total // self.per
+        return (self.constant + sum(_product(x, sizes) for x in self.terms)) // self.per
+
+    def without_each(self, owner: Ids, count: int) -> list[int]:
+        """Return the cost without the ids of group k, for each k of `count` groups.
+
+        `owner`: the group of each id, or -1. Linear in the network: of each cost only the terms
+        change that a group has a part in.
+        """
+        sizes = [f.layer.ids.shape[f.position] for f in self.factors]
+        parts = [np.unique(owner[f.layer.ids]) for f in self.factors]
+        touched: list[dict[int, None]] = [{} for _ in range(count)]
+        for number, (row, _) in enumerate(self.terms):
+            for group in {int(k) for factor in row for k in parts[factor] if k >= 0}:
+                touched[group][number] = None
+        whole = self.constant + sum(_product(x, sizes) for x in self.terms)
+        found = []
+        for group, numbers in enumerate(touched):
+            changed = list(sizes)
+            for factor in {k for number in numbers for k in self.terms[number][0]}:
+                f = self.factors[factor]
+                changed[factor] = live_size(owner[f.layer.ids] != group, f.position)
+            terms = [self.terms[number] for number in numbers]
+            saved = sum(_product(x, sizes) - _product(x, changed) for x in terms)
+            found.append((whole - saved) // self.per)
+        return found
+
+
+def _product(term: tuple[tuple[int, ...], int], sizes: list[int]) -> int:
+    factors, times = term
+    return times * prod(sizes[factor] for factor in factors)
 
 
 class Reader:
@@ -175,7 +199,7 @@ class Reader:
         self.steps.append(Step(node, result, call.args, sizes, call.lossy))
         self.pins += [(node, pin) for pin in call.pins]
         self.macs += call.macs
-        if any(arg in self.weights for arg in node.args[1:3] if isinstance(arg, fx.Node)):
+        if any(arg in self.weights for arg in _nodes(node.args[1:3])):
             self.consumed += call.consumed
         self._note_activation(node, call)
         return result
@@ -296,6 +320,13 @@ def _flat(value: Any) -> Iterable[Labels]:
             yield from _flat(item)
     elif isinstance(value, dict):
         yield from _flat(list(value.values()))
+
+
+def _nodes(args: Any) -> Iterable[fx.Node]:
+    for arg in args:
+        yield from _nodes(arg) if isinstance(arg, list | tuple) else ()
+        if isinstance(arg, fx.Node):
+            yield arg
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from torch import nn
 
-from .channels import Ids
+from .channels import Ids, Place, Reason
 from .errors import InputError
 from .graph import Pinned, Step, Terms
 from .labels import Labels, Mask, spread
@@ -38,8 +39,7 @@ class Frozen:
     @property
     def place(self) -> str:
         """The call in words: "linear in head, net.py:12"; "" where no single call demands it."""
-        where = f"{self.op} in {self.path}" if self.op and self.path else self.op
-        return ", ".join(part for part in (where, self.source) if part)
+        return str(Place(self.op, self.path, self.source))
 
     def __str__(self) -> str:
         place = f" ({self.place})" if self.place else ""
@@ -87,9 +87,26 @@ class CouplingGroup:
         """The slices of tensors that these channels run through."""
         return self._groups.members[self.name]
 
+    @property
+    def kinds(self) -> str:
+        """Its units in words: "4 head dims, 3 heads"."""
+        return joined_kinds((family.width, family.kind) for family in self.families)
+
+    @property
+    def share(self) -> dict[str, float]:
+        """Cost -> share of the network's that hangs on this group (see `Groups.shares`)."""
+        return self._groups.shares[self.name]
+
+    @property
+    def held(self) -> tuple[Reason, ...]:
+        """Why some of its channels go only together: the width of a row stays."""
+        units = self._groups.units
+        numbers = np.unique(units.held[self.classes]).tolist()
+        return tuple(dict.fromkeys(units.reasons[k] for k in numbers if k >= 0))
+
     def __str__(self) -> str:
-        units = ", ".join(f"{family.width} {family.kind}" for family in self.families)
-        lines = [f"{self.name}: {units}"]
+        lines = [f"{self.name}: {self.kinds}"]
+        lines += [f"  only together: {reason}" for reason in self.held]
         for member in self.members:
             axes = [k for k, size in enumerate(member.channel.shape) if size > 1]
             lines.append(f"  {member.role:<3} {member.tensor} axis {', '.join(map(str, axes))}")
@@ -136,14 +153,19 @@ class Groups:
         """Return a cost ("macs" per sample, "params") with these classes alive."""
         return self.costs[name].count(alive[self.units.label])
 
-    @cached_property
-    def members(self) -> dict[str, tuple[Member, ...]]:
-        """Group name -> members, in the order of the model's tensors."""
+    def _owners(self) -> tuple[Ids, Ids]:
+        """Return for each class the number of its group, or -1, and its place in that."""
         owner = np.full(self.units.count, -1, np.int64)
         place = np.zeros(self.units.count, np.int64)
         for number, group in enumerate(self.groups):
             owner[group.classes] = number
             place[group.classes] = np.arange(group.size)
+        return owner, place
+
+    @cached_property
+    def members(self) -> dict[str, tuple[Member, ...]]:
+        """Group name -> members, in the order of the model's tensors."""
+        owner, place = self._owners()
         found: list[list[Member]] = [[] for _ in self.groups]
         for tensor, layer in ((t, x) for t, labels in self.labels.items() for x in labels.layers):
             classes = self.units.label[layer.ids]
@@ -155,30 +177,99 @@ class Groups:
                 found[number].append(Member(tensor, spread(layer, mine, rank), role, activation))
         return {group.name: tuple(found[k]) for k, group in enumerate(self.groups)}
 
+    @cached_property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Group name -> cost -> share of the network's cost that hangs on the group.
+
+        It is what would be saved if all that can go of the group went and nothing else did:
+        1 - cost(without it) / cost(whole). A weight between two groups hangs on both of them, so
+        shares overlap: they add up to more than the `coverage`.
+        """
+        alone = {group.name: dict[str, float]() for group in self.groups}
+        owner = self._owners()[0][self.units.label]
+        for name, terms in self.costs.items():
+            whole = self.cost(name, self.everything())
+            for group, left in zip(self.groups, terms.without_each(owner, len(self)), strict=True):
+                alone[group.name][name] = _share(left, whole)
+        return alone
+
+    @cached_property
+    def coverage(self) -> dict[str, float]:
+        """Cost -> share of the network's cost that hangs on any group at all.
+
+        It is what would be saved if everything went that can go, down to no channel: no plan saves
+        more, and every plan less, since at least one unit of each kind stays.
+        """
+        alive = self.everything()
+        for group in self.groups:
+            alive[group.classes] = False
+        whole = self.everything()
+        return {x: _share(self.cost(x, alive), self.cost(x, whole)) for x in self.costs}
+
     def __str__(self) -> str:
         everything = self.everything()
         macs, params = self.cost("macs", everything), self.cost("params", everything)
         units = sum(family.width for group in self.groups for family in group.families)
-        head = f"{len(self)} coupling groups, {units} units, {macs:,} MACs, {params:,} parameters"
-        wide = max([len(group.name) for group in self.groups], default=0)
-        lines = [head]
-        for group in self.groups:
-            kinds = ", ".join(f"{family.width} {family.kind}" for family in group.families)
-            lines.append(f"  {group.name:<{wide}}  {kinds}  in {len(group.members)} tensors")
+        covered = self.coverage
+        lines = [
+            f"{len(self)} coupling groups, {units} units, {macs:,} MACs, {params:,} parameters",
+            f"can go: {covered['macs']:.1%} of the MACs, {covered['params']:.1%} of the parameters",
+        ]
+        if self.groups:
+            lines += _aligned([_HEAD, *(_row(group) for group in self.groups)])
         lines += _frozen_lines(self.frozen)
         return "\n".join(lines)
 
 
-def _frozen_lines(frozen: tuple[Frozen, ...]) -> list[str]:
-    by_reason: dict[tuple[str, str], list[Frozen]] = {}
+_HEAD = ("group", "units", "tensors", "params", "MACs")
+_PLACES = 3  # of one reason; `Groups.frozen` has all
+
+
+def _share(left: int, whole: int) -> float:
+    return 1 - left / whole if whole else 0.0
+
+
+def _row(group: CouplingGroup) -> tuple[str, ...]:
+    shares = (f"{group.share[cost]:.1%}" for cost in ("params", "macs"))
+    return (group.name, group.kinds, str(len(group.members)), *shares)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns two spaces apart: the first two to the left, the numbers to the right."""
+    wide = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(x.ljust(w) if k < 2 else x.rjust(w) for k, (x, w) in enumerate(cells))
+        for cells in (list(zip(row, wide, strict=True)) for row in rows)
+    ]
+
+
+def joined_kinds(families: Iterable[tuple[int, str]]) -> str:
+    """Widths and kinds in words, equal ones joined: "2×4 group channels, 2 conv groups"."""
+    counted = Counter(families)
+    return ", ".join(
+        f"{width} {kind}" if times == 1 else f"{times}×{width} {kind}"
+        for (width, kind), times in counted.items()
+    )
+
+
+def by_reason(frozen: Iterable[Frozen]) -> dict[str, dict[str, list[Frozen]]]:
+    """Return reason -> place -> what stays there. Without axes of kernels: none is of channels."""
+    found: dict[str, dict[str, list[Frozen]]] = {}
     for item in frozen:
         if not item.reason.startswith("kernel axis"):
-            by_reason.setdefault((item.reason, item.place), []).append(item)
-    if not by_reason:
-        return []
-    lines = ["  kept:"]
-    for (reason, place), items in by_reason.items():
-        more = f" and {len(items) - 1} more" if len(items) > 1 else ""
-        where = f" ({place})" if place else ""
-        lines.append(f"    {items[0].tensor} axis {items[0].axis}{more}: {reason}{where}")
-    return lines
+            found.setdefault(item.reason, {}).setdefault(item.place, []).append(item)
+    return found
+
+
+def _frozen_lines(frozen: tuple[Frozen, ...]) -> list[str]:
+    lines = []
+    for reason, places in by_reason(frozen).items():
+        count = sum(len(items) for items in places.values())
+        lines.append(f"    {reason}: {count} {'axis' if count == 1 else 'axes'}")
+        for place, items in list(places.items())[:_PLACES]:
+            more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+            where = f" ({place})" if place else ""
+            lines.append(f"      {items[0].tensor} axis {items[0].axis}{more}{where}")
+        if len(places) > _PLACES:
+            lines.append(f"      and in {len(places) - _PLACES} more places")
+    return ["  kept:", *lines] if lines else []

@@ -92,13 +92,28 @@ def _tensors(args: Iterable[Any]) -> Iterator[fx.Node]:
 def named_families(units: Units, found: Attended) -> list[Family]:
     """Return the families of `units`, each by its right name."""
     heads, dims = _classes(units, found.heads), _classes(units, found.dims)
-    return [_named(units, family, heads, dims) for family in units.families]
+    families = [_named(units, family, heads, dims) for family in units.families]
+    return [_nested(units, family, families) for family in families]
+
+
+def _nested(units: Units, family: Family, families: list[Family]) -> Family:
+    """Heads whose removal takes other heads along (a key's, and the queries' that read it)."""
+    if family.kind != "heads":
+        return family
+    inner = np.setdiff1d(units.closure(_members(family).tolist()), _members(family))
+    others = [x for x in families if x.kind == "heads" and x is not family]
+    nested = any(np.isin(_members(x), inner).all() for x in others)
+    return replace(family, kind="head groups") if nested else family
+
+
+def _members(family: Family) -> Ids:
+    return np.concatenate(family.clusters)
 
 
 def _named(units: Units, family: Family, heads: Mask, dims: Mask) -> Family:
     if family.kind not in ("heads", "head dims", "channels"):
         return family
-    classes = np.concatenate(family.clusters)
+    classes = _members(family)
     kind = family.kind
     if heads[classes].any():
         kind = "heads"

@@ -38,8 +38,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Labels:
-    """The layers of a tensor of `shape`. `uniform`: the same value everywhere, so it fits any
-    width.
+    """The layers of a tensor of `shape`. `uniform`: the same value everywhere, so that any of its
+    indices may go for any other.
     """
 
     shape: tuple[int, ...]
@@ -112,7 +112,11 @@ def axis_size(labels: Labels, axis: int, alive: Mask) -> int:
 
 def layer_size(layer: Layer, position: int, alive: Mask) -> int:
     """Return the live size of the `position`-th axis of a layer: that of its first live row."""
-    left: Any = alive[layer.ids]
+    return live_size(alive[layer.ids], position)
+
+
+def live_size(left: Any, position: int) -> int:
+    """Return the size of the `position`-th axis of what is left of ids, shape of the ids."""
     while left.ndim > position + 1:
         left = left.any(-1)
     rows = left.reshape(-1, left.shape[-1]).sum(-1)
@@ -210,6 +214,8 @@ def _reshaped(
 
 def squeeze_constant(axes: tuple[int, ...], ids: Ids, zero: bool = True) -> Layer:
     """Drop the axes along which the ids do not vary."""
+    if not ids.size:
+        return Layer((), ids.reshape(0), zero)  # an empty slice carries nothing
     keep = []
     for position, axis in enumerate(axes):
         first = ids.take([0], axis=position)

@@ -78,10 +78,6 @@ class Units:
         """Return why a class stays and which call demands it, or None where it may go."""
         return None if self.frozen[c] < 0 else self.reasons[self.frozen[c]]
 
-    def holder(self, c: int) -> Reason | None:
-        """Return why a class that is not frozen cannot go by itself, or None."""
-        return None if self.held[c] < 0 else self.reasons[self.held[c]]
-
     def reason(self, c: int) -> str | None:
         """Return why a class stays, or None where it may go."""
         cause = self.cause(c)
@@ -307,14 +303,11 @@ class _Solver:
     def _hold(self, classes: Ids) -> None:
         """Remember for classes that are bound together why none of them can go by itself."""
         held, frozen = self.held[classes].max(initial=-1), self.frozen[classes].max(initial=-1)
-        reason = Reason("bound to rows of other widths")
+        if held < 0 <= frozen:
+            stays, held = self.reasons[frozen], len(self.reasons)
+            self.reasons.append(Reason(f"keeps step with what stays: {stays.text}", stays.place))
         if held >= 0:
-            reason = self.reasons[held]
-        elif frozen >= 0:
-            stays = self.reasons[frozen]
-            reason = Reason(f"keeps step with what stays: {stays.text}", stays.place)
-        self.reasons.append(reason)
-        _fill(self.held, classes, len(self.reasons) - 1)
+            _fill(self.held, classes, int(held))
 
     def _bundle(self, bounds: list[_Bound]) -> tuple[Family | None, set[int]]:
         tied = [bound for bound in bounds if bound.columns is not None]
