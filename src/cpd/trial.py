@@ -218,8 +218,9 @@ def _without(groups: Groups, families: Iterable[Family], *, least: bool = False)
     gone.
     """
     alive = groups.everything()
-    for family in families:
-        gone = max(1, min(family.size, family.width - 1) // 2) if family.width > 1 else 0
+    for number, family in enumerate(families):
+        most = min(family.size, family.width - 1)  # not the same of all: two must not fit by chance
+        gone = 1 + (most // 2 + number) % most if most > 0 else 0
         which = slice(family.size - 1, None) if least and gone else slice(gone)
         first = np.concatenate([cluster[: family.size][which] for cluster in family.clusters])
         alive[groups.units.closure(first.tolist())] = False
