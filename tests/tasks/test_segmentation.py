@@ -129,6 +129,8 @@ def test_targets_must_be_labels(targets: torch.Tensor, text: str) -> None:
         ({"ohem_kept": 0}, "ohem_kept must be a number of pixels >= 1"),
         ({"auxiliary": -1}, "auxiliary must be a weight >= 0"),
         ({"class_weights": [1.0, -1.0]}, "class_weights must be numbers >= 0"),
+        ({"window": 0}, "window must be a number of pixels, .* got 0"),
+        ({"window": 4, "stride": 5}, "stride at most window; got 5"),
         ({"class_weights": []}, "class_weights must be numbers >= 0"),
     ],
 )
@@ -192,6 +194,52 @@ def test_metrics_of_several_processes() -> None:
 
     empty._sync_dist(gather)
     assert torch.equal(empty.counts, full.counts)
+
+
+def test_windows_cover_every_pixel_and_average() -> None:
+    images = torch.randn(2, 3, 10, 13)
+
+    def network(part: torch.Tensor) -> torch.Tensor:
+        return part[:, :2] + part.mean((1, 2, 3), keepdim=True)  # says which window it saw
+
+    found = Segmentation(window=6, stride=4).infer(network, images)
+    total, seen = torch.zeros(2, 2, 10, 13), torch.zeros(10, 13)
+    for top in (0, 4):
+        for left in (0, 4, 7):
+            part = images[..., top : top + 6, left : left + 6]
+            total[..., top : top + 6, left : left + 6] += network(part)
+            seen[top : top + 6, left : left + 6] += 1
+    assert seen.min() == 1
+    torch.testing.assert_close(found, total / seen)
+
+
+def test_windows_of_smaller_logits_and_smaller_images() -> None:
+    images, calls = torch.randn(1, 3, 12, 6), []
+
+    def network(part: torch.Tensor) -> dict[str, torch.Tensor]:
+        calls.append(tuple(part.shape[-2:]))
+        return {"out": F.avg_pool2d(part, 2)}
+
+    task = Segmentation(window=8)  # the default stride: two thirds, 5
+    assert task.infer(network, images).shape == (1, 3, 12, 6)
+    assert calls == [(8, 6), (8, 6)]
+    whole = Segmentation(window=12).infer(network, images)
+    assert whole["out"].shape == (1, 3, 6, 3)
+
+
+def test_judged_by_windows() -> None:
+    from cpd.distill import Batches, evaluate
+
+    images, labels = torch.randn(3, 2, 9, 9), torch.randint(2, (3, 9, 9))
+    data = list(zip(images, labels, strict=True))
+    source = torch.utils.data.StackDataset(images, labels)
+    task, network = Segmentation(window=4), torch.nn.Conv2d(2, 2, 3, padding=1)
+    found = evaluate(network, Batches(source, 2, seed=0, train=False), task, torch.device("cpu"))
+    expected = task.metrics()
+    with torch.no_grad():
+        for x, y in data:
+            expected.update(task.infer(network, x[None]), y[None])
+    assert found == pytest.approx({n: v.item() for n, v in expected.compute().items()})
 
 
 def test_metrics_refuse() -> None:

@@ -12,7 +12,7 @@ from cpd.choose import choose
 from cpd.compress.config import CompressConfig
 from cpd.distill import Callback, State
 from cpd.groups import Groups
-from cpd.importance.base import Accumulated
+from cpd.importance.base import Sums
 from cpd.mask import mask
 from cpd.plan import Plan
 
@@ -58,8 +58,9 @@ class Events(Callback):
 
     def after_backward(self, state: State) -> None:
         """Add this batch to the scores: its parts one by one, or, from the gradient, as a whole."""
-        if state.synced or not isinstance(self.importance, Accumulated):
-            self.importance.observe()
+        if isinstance(self.importance, Sums):
+            self.importance.whole = state.synced
+        self.importance.observe()
 
     def after_step(self, state: State) -> None:
         """Keep what is gone at zero; every ``interval`` steps, let more go."""

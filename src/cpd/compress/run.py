@@ -125,7 +125,8 @@ class Run:
         first = next(model.parameters(), None)
         self.home = torch.device("cpu") if first is None else first.device
         val = getattr(self.data, "val", None)
-        source = self.data.train if val is None else val
+        # Samples that differ in size come one by one, and one sample is no batch to trace with.
+        source = self.data.train if getattr(val, "ragged", val is None) else val
         self.example_inputs = examples(source) if example_inputs is None else example_inputs
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.main: bool = state.is_main_process

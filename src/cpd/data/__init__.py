@@ -7,13 +7,21 @@ from typing import Any, Protocol, runtime_checkable
 
 from cpd import _shelf
 from cpd.data._data import Data
+from cpd.data.ade20k import ade20k
+from cpd.data.cityscapes import cityscapes
 from cpd.data.digits import digits
+from cpd.data.imagenet import imagenet
+from cpd.data.scenes import scenes
 from cpd.errors import InputError
 
-__all__ = ["SHELF", "Data", "digits", "resolve"]
+__all__ = ["SHELF", "Data", "ade20k", "cityscapes", "digits", "imagenet", "resolve", "scenes"]
 
 SHELF: dict[str, Callable[..., Data]] = {
+    "ade20k": ade20k,
+    "cityscapes": cityscapes,
     "digits": digits,
+    "imagenet": imagenet,
+    "scenes": scenes,
 }
 
 

@@ -18,7 +18,8 @@ class Data:
     """Three map-style data sets of (x, y), and what a sample looks like.
 
     train, val, test: ``val`` is for decisions during a run, ``test`` is looked at once, at the
-        end. A data set may have ``set_epoch(epoch)``, to be called before every epoch.
+        end. A data set may have ``set_epoch(epoch)``, to be called before every epoch, and
+        ``ragged``, true where its samples differ in size and so cannot be stacked.
     num_classes: labels are 0 … num_classes − 1.
     input_shape: shape of one x, without the batch axis.
     name: what to call it in a report.

@@ -174,7 +174,8 @@ class Batches:
     def _indices(self, epoch: int) -> list[list[int]]:
         """The samples of each of this process's batches."""
         count = len(self.source)
-        width = self.batch_size
+        # Samples that differ in size cannot be stacked: each process gets one at a time.
+        width = self.world if getattr(self.source, "ragged", False) else self.batch_size
         order = list(range(count))
         if self.train:
             width = max(self.world, min(width, count - count % self.world))
@@ -197,6 +198,7 @@ class Batches:
             _Seeded(self.source, derive(self.seed, "sample", number)),
             batch_sampler=self._indices(number)[skip:],
             num_workers=self.workers,
+            pin_memory=torch.accelerator.is_available(),
         )
         yield from loader
 

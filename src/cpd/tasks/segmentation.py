@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,9 @@ class Segmentation:
     ohem_kept: pixels of an image that are kept at least, on average over a batch.
     auxiliary: weight of the same loss on each auxiliary output, without ``ohem``.
     per_class: also report the intersection over union of each class, "iou_0", "iou_1", …
+    window: side of the windows by which images are judged, whose logits are averaged where they
+        overlap; nothing: whole images. stride: step from window to window; two thirds of the side
+        where left out.
     """
 
     ignore_index: int = 255
@@ -39,6 +42,8 @@ class Segmentation:
     ohem_kept: int = 100_000
     auxiliary: float = 0.4
     per_class: bool = False
+    window: int | None = None
+    stride: int | None = None
 
     primary: ClassVar[str] = "miou"
     higher_is_better: ClassVar[bool] = True
@@ -49,6 +54,11 @@ class Segmentation:
         kept: object = self.ohem_kept
         if not isinstance(kept, int) or kept < 1:
             raise InputError(f"ohem_kept must be a number of pixels >= 1, got {self.ohem_kept!r}.")
+        for name, side in (("window", self.window), ("stride", self.stride)):
+            if side is not None and not 0 < side <= (self.window or side):
+                raise InputError(
+                    f"{name} must be a number of pixels, stride at most window; got {side!r}."
+                )
         if not self.auxiliary >= 0:
             raise InputError(f"auxiliary must be a weight >= 0, got {self.auxiliary!r}.")
         weights = self.class_weights
@@ -131,6 +141,29 @@ class Segmentation:
         last = min(self.ohem_kept * len(targets), len(ranked)) - 1
         return known & ((own < most) | (own <= ranked[last]))
 
+    def infer(self, model: Callable[..., Any], images: torch.Tensor) -> Any:
+        """Return what the network makes of images (N, 3, H, W): whole, or by windows.
+
+        With ``window`` it is (N, C, H, W): each window's logits, resized to it, averaged over the
+        windows that see a pixel. The last windows end with the image.
+        """
+        if self.window is None or max(images.shape[-2:]) <= self.window:
+            return model(images)
+        step = self.stride or max(1, 2 * self.window // 3)
+        total: torch.Tensor | None = None
+        seen = images.new_zeros(1, 1, *images.shape[-2:])
+        for top in _starts(images.shape[-2], self.window, step):
+            for left in _starts(images.shape[-1], self.window, step):
+                rows, columns = slice(top, top + self.window), slice(left, left + self.window)
+                part = images[..., rows, columns]
+                logits = resized(self.logits(model(part)), part[:, 0])
+                if total is None:
+                    total = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
+                total[..., rows, columns] += logits
+                seen[..., rows, columns] += 1
+        assert total is not None
+        return total / seen
+
     def metrics(self) -> MetricCollection:
         """Return fresh metrics "miou", "pixel_accuracy" and, with ``per_class``, "iou_0", ….
 
@@ -150,6 +183,12 @@ class Segmentation:
         counts = targets != self.ignore_index
         called = resized(logits, targets).argmax(dim=1)
         return called[counts], targets[counts], logits.shape[1]
+
+
+def _starts(length: int, window: int, step: int) -> list[int]:
+    """Where windows begin so that they cover a length and none reaches beyond it."""
+    last = max(0, length - window)
+    return [*range(0, last, step), last]
 
 
 def resized(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
