@@ -233,6 +233,8 @@ def _merge_owners(
 ) -> Labels:
     """Make one layer of the layers owned inside each run of axes that a reshape joins."""
     for old_axes, _ in groups:
+        if len(old_axes) > 1:
+            labels = _absorb(labels, old_axes, channels)
         owners = [axis for axis in old_axes if labels.owned(axis) is not None]
         while len(owners) > 1:
             inner = labels.owned(owners.pop())
@@ -243,6 +245,30 @@ def _merge_owners(
             rest = tuple(x for x in labels.layers if x is not inner and x is not outer)
             labels = replace(labels, layers=(*rest, merged))
             owners = [axis for axis in old_axes if labels.owned(axis) is not None]
+    return labels
+
+
+def _absorb(labels: Labels, axes: Sequence[int], channels: Channels) -> Labels:
+    """Where a permutation left two layers with one owner, let the wider one say what both do.
+
+    An index of the narrower layer is alive exactly when its row of the wider one is.
+    """
+    for axis in axes:
+        same = sorted((x for x in labels.layers if x.owner == axis), key=lambda x: len(x.axes))
+        for narrow, wide in zip(same[:-1], same[1:], strict=True):
+            rest = tuple(x for x in labels.layers if x is not narrow)
+            if not set(narrow.axes) <= set(wide.axes):
+                why = "two axes coupled to a third are merged"
+                channels.freeze(narrow.ids, why)
+                channels.freeze(wide.ids, why)
+            else:
+                first = [wide.axes.index(x) for x in narrow.axes]
+                others = [k for k in range(wide.ids.ndim) if k not in first]
+                ids = wide.ids.transpose([*first, *others])
+                while ids.ndim > len(first):
+                    ids = channels.rows(ids)
+                channels.unite(ids, narrow.ids)
+            labels = replace(labels, layers=rest)
     return labels
 
 
