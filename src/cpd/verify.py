@@ -284,8 +284,10 @@ def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     if not got.is_floating_point():
         return float((got != wanted).any())
+    if not wanted.numel():
+        return 0.0
     scale = wanted.abs().max().clamp_min(1e-30)
-    return float(((got - wanted).abs().max() / scale).double()) if wanted.numel() else 0.0
+    return float(((got - wanted).abs().max() / scale).double())
 
 
 def _sizes_agree(small: nn.Module, plan: Plan) -> dict[str, float]:
