@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,13 @@ CLOSE = 1e-4  # float32, another batch: other kernels
 
 
 def brief(error: BaseException, limit: int = 400) -> str:
-    """Return an exception on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:limit]
+    """Return an exception on one line, with the last lines of code it came through."""
+    here = Path(__file__).parent
+    found = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in found if Path(frame.filename).parent != here]
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:]]
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:limit]
+    return f"{text} ({' > '.join(places)})" if places else text
 
 
 @torch.no_grad()
@@ -85,7 +91,7 @@ def _behaviour(model: nn.Module, inputs: Any) -> dict[str, bool]:
 def _step(model: nn.Module, inputs: Any) -> str:
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    outputs = [x for x in call(model, inputs) if x.is_floating_point() and x.requires_grad]
+    outputs = [x for x in call(model, inputs) if x.requires_grad and x.numel()]
     loss = sum((x.square().mean() for x in outputs), torch.zeros(()))
     if not loss.requires_grad:
         return "no output has a gradient"

@@ -48,9 +48,10 @@ def status_of(row: Row) -> str:
     return next((s for s in ("error", "unsound") if s in states), "sound")
 
 
-def reached(row: Row) -> bool:
-    """Whether the default mode comes down to half of the MACs."""
-    return bool(row.get("modes", {}).get("kept", {}).get("reached"))
+def reached(row: Row, mode: str = "kept") -> bool:
+    """Whether a mode comes down to half of the MACs, in a network that is proved."""
+    found = row.get("modes", {}).get(mode, {})
+    return bool(found.get("reached") and found.get("proved"))
 
 
 def wanted(row: Row | None, redo: str | None, job: str) -> bool:

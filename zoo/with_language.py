@@ -23,7 +23,11 @@ def build(model: str, config: str, options: dict[str, Any]) -> Built:
     """Return a model of a small configuration and two texts."""
     import transformers
 
+    options = dict(options)
+    experts = options.pop("experts", None)
     made = getattr(transformers, model)(getattr(transformers, config)(**options))
+    if experts:
+        made.set_experts_implementation(experts)
     inputs = {
         "input_ids": torch.randint(3, WORDS, (2, LENGTH)),
         "attention_mask": torch.ones(2, LENGTH, dtype=torch.long),
@@ -102,6 +106,10 @@ NETWORKS = (
     _entry("qwen3", "Qwen3ForCausalLM", "Qwen3Config", GROUPED),
     _entry("phi3", "Phi3ForCausalLM", "Phi3Config", GROUPED),
     _entry("mixtral", "MixtralForCausalLM", "MixtralConfig", MOE),
+    _entry("mixtral_batched", "MixtralForCausalLM", "MixtralConfig",
+           {**MOE, "experts": "batched_mm"}),
+    _entry("deepseek_v3_batched", "DeepseekV3ForCausalLM", "DeepseekV3Config",
+           {**DEEPSEEK, "experts": "batched_mm"}),
     _entry("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK),
     Network("transformers:whisper", whisper, note="WhisperForConditionalGeneration"),
     _entry("mamba", "MambaForCausalLM", "MambaConfig", MAMBA),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from time import perf_counter
@@ -21,6 +22,7 @@ import cpd
 from cpd import _torchvision
 
 from . import checks
+from .network import Network
 from .registry import registry
 from .tensors import call, difference
 
@@ -61,10 +63,9 @@ def traced(clock: Clock) -> Iterator[None]:
         module.trace = trace
 
 
-def prune(name: str, emit: Emit) -> None:
+def prune(network: Network, emit: Emit) -> None:
     """Both modes of one network."""
-    row = _built(name, emit)
-    model, inputs = row.pop("built")
+    row, model, inputs = described(network, emit)
     row["modes"] = {key: {"seconds": {}, "stage": "start"} for key in MODES}
     for key, exact in MODES.items():
         mode = row["modes"][key]
@@ -75,12 +76,11 @@ def prune(name: str, emit: Emit) -> None:
         emit(row)
 
 
-def _built(name: str, emit: Emit) -> dict[str, Any]:
-    """Return the row of a network, with the network itself under "built"."""
-    network = registry()[name]
+def described(network: Network, emit: Emit) -> tuple[dict[str, Any], nn.Module, Any]:
+    """Return the row of a network before anything is done to it, the network and its inputs."""
     row: dict[str, Any] = {
-        "name": name, "library": network.library, "part": network.part, "note": network.note,
-        "stage": "build",
+        "name": network.name, "library": network.library, "part": network.part,
+        "note": network.note, "stage": "build",
     }  # fmt: skip
     emit(row)
     model, inputs = network.make()
@@ -94,7 +94,7 @@ def _built(name: str, emit: Emit) -> dict[str, Any]:
         finite=all(bool(x.isfinite().any()) for x in outputs if x.is_floating_point()),
         stage="run",
     )
-    return {**row, "built": (model, inputs)}
+    return row, model, inputs
 
 
 def _mode(model: nn.Module, inputs: Any, exact: bool, clock: Clock) -> None:
@@ -181,10 +181,9 @@ def _kinds(plan: cpd.Plan) -> dict[str, list[int]]:
     return kinds
 
 
-def export(name: str, emit: Emit) -> None:
+def export(network: Network, emit: Emit) -> None:
     """The network at half of its MACs as ONNX."""
-    row = _built(name, emit)
-    model, inputs = row.pop("built")
+    row, model, inputs = described(network, emit)
     mode: dict[str, Any] = {"seconds": {}, "stage": "start"}
     row["modes"] = {"kept": mode}
     clock = Clock(row, mode, emit)
@@ -219,9 +218,11 @@ def main() -> None:
     _torchvision.ensure()
     with contextlib.redirect_stdout(sys.stderr):  # libraries may print
         try:
-            {"prune": prune, "onnx": export}[job](name, emit)
+            {"prune": prune, "onnx": export}[job](registry()[name], emit)
         except Exception as error:  # noqa: BLE001 - an exception is a result, and is reported
             emit({"name": name, "stage": "build", "message": checks.brief(error)})
+    sys.stderr.flush()
+    os._exit(0)  # threads of libraries can keep a finished process alive
 
 
 if __name__ == "__main__":
