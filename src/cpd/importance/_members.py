@@ -31,14 +31,24 @@ def per_channel(values: torch.Tensor, member: Member, size: int) -> torch.Tensor
     `values` has the shape of the member's tensor.
     """
     channel = torch.from_numpy(member.channel).to(values.device)
-    gone = [
-        axis for axis, length in enumerate(channel.shape) if length == 1 and values.shape[axis] > 1
-    ]
-    summed = values.sum(gone, keepdim=True, dtype=torch.float64) if gone else values.double()
-    flat, index = summed.reshape(-1), channel.reshape(-1)
+    gone = [axis for axis, length in enumerate(channel.shape) if length == 1]
+    summed = sum_over(values, [axis for axis in gone if values.shape[axis] > 1])
+    flat, index = summed.reshape(-1).double(), channel.reshape(-1)
     if (index < 0).any():
         flat, index = flat[index >= 0], index[index >= 0]
     return torch.zeros(size, dtype=torch.float64, device=values.device).index_add_(0, index, flat)
+
+
+def sum_over(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    """Sum over axes, the last ones first: these lie together in memory. At least in float32."""
+    kind = torch.promote_types(values.dtype, torch.float32)
+    last = values.ndim
+    while last - 1 in axes:
+        last -= 1
+    late, early = list(range(last, values.ndim)), [axis for axis in axes if axis < last]
+    if late:
+        values = values.sum(late, dtype=kind)
+    return values.sum(early, dtype=kind) if early else values.to(kind)
 
 
 def covered(member: Member, size: int) -> torch.Tensor:

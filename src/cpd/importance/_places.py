@@ -210,11 +210,6 @@ def _along(member: Member, groups: int) -> Any:
     return np.ascontiguousarray(channel).reshape(-1)
 
 
-def per_index(value: torch.Tensor, axis: int) -> torch.Tensor:
-    """Return a value with its channels last, all else flat: (entries, channels)."""
-    return value.movedim(axis, -1).reshape(-1, value.shape[axis])
-
-
 def expect(seen: bool, groups: Groups) -> None:
     """Raise `InputError` where no forward pass came before `observe`."""
     if not seen:

@@ -23,17 +23,13 @@ def activation(*, statistic: str = "mean") -> Importance:
     """
     if statistic not in _STATISTICS:
         raise UnknownName("statistic of activation", statistic, _STATISTICS)
-    return Activation(statistic)
+    return Activation(_STATISTICS[statistic])
 
 
 class Activation(Flows):
     """See `activation`."""
 
-    def __init__(self, statistic: str) -> None:
-        super().__init__()
-        self.statistic = statistic
-
     def one(self, group: CouplingGroup, sums: Scores) -> torch.Tensor:
         """Return the scores of one group."""
-        found = self.typical(group, sums, _STATISTICS[self.statistic])
-        return found.sqrt() if self.statistic == "rms" else found
+        found = self.typical(group, sums)
+        return found.sqrt() if self.statistic == "second" else found

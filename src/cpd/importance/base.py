@@ -57,6 +57,7 @@ class Sums:
     """
 
     needs_gradient = False
+    whole = True  # set by the loop: whether gradients are those of a batch with all its parts
     normalise: Normaliser | None = None
 
     def __init__(self) -> None:
@@ -134,8 +135,10 @@ class Accumulated(Sums):
         self.function, self.needs_gradient = function, needs_gradient
 
     def observe(self) -> None:
-        """Add the scores of what the model holds now."""
+        """Add the scores of what the model holds now, once a batch is whole."""
         model, groups = self.watched
+        if not self.whole:
+            return
         with torch.no_grad():
             found = self.function(model, groups)
         for group in groups:

@@ -8,8 +8,8 @@ import torch
 
 from ..errors import MissingGradient
 from ..groups import CouplingGroup
-from ._members import Tensors, first_tier, gradient_of, held_tensors, mask_gradient
-from ._places import Place, Reading, Watching, per_index
+from ._members import Tensors, first_tier, gradient_of, held_tensors, mask_gradient, sum_over
+from ._places import Place, Reading, Watching
 from .base import Importance, Scores, processes
 
 
@@ -66,11 +66,12 @@ class Fisher(Watching):
         with torch.no_grad():
             product = value * gradient
             if axis == 0 or product.shape[0] % rows:
-                found = per_index(product, axis).sum(0, keepdim=True, dtype=torch.float64)
+                found = sum_over(product, [k for k in range(product.ndim) if k != axis])[None]
             else:  # windows of one sample follow each other along axis 0
                 rest = [k for k in range(1, product.ndim) if k != axis]
-                found = product.sum(rest, dtype=torch.float64) if rest else product.double()
+                found = sum_over(product, rest)
                 found = found.reshape(rows, -1, found.shape[-1]).sum(1)
+            found = found.double()
             known = self._found.get(place)
             self._found[place] = found if known is None else _together(known, found)
 
@@ -92,7 +93,8 @@ class Fisher(Watching):
             parts = [self._parts(group, tier, tensors) for tier in self.readings[group.name]]
             samples, batch = _ordered(parts)
             self.add(group.name, first_tier(samples).square().sum(0))
-            self.add(f"{group.name}|parameters", first_tier(batch)[0].square())
+            if self.whole:  # until then gradients are those of the parts so far
+                self.add(f"{group.name}|parameters", first_tier(batch)[0].square())
         self._found = {}
 
     def _require(self, group: CouplingGroup, tensors: Tensors) -> None:

@@ -76,9 +76,7 @@ class Hutchinson(Sums):
     def _before(self, *_: Any) -> None:
         self._within.close()
         self._within.enter_context(sdpa_kernel(SDPBackend.MATH))
-        mkldnn: Any = torch.backends.mkldnn.flags(enabled=False)
         cudnn: Any = torch.backends.cudnn.flags(enabled=False)
-        self._within.enter_context(mkldnn)
         self._within.enter_context(cudnn)
 
     def _after(self, *_: Any) -> None:

@@ -15,8 +15,9 @@ from ._members import (
     parameters_of,
     per_channel,
     require_gradients,
+    sum_over,
 )
-from ._places import Place, Watching, per_index
+from ._places import Place, Watching
 from .base import Importance, Scores, inner_model, processes
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -62,15 +63,13 @@ class KFAC(Watching):
         if not torch.is_grad_enabled():
             return
         if place.role == "in":
-            flat = per_index(value.detach(), axis)
-            self._note(f"{place.path}|read", flat.square().sum(0, dtype=torch.float64))
-            self._note(f"{place.path}|count", torch.full((), float(len(flat)), device=flat.device))
+            value = value.detach()
+            self._note(f"{place.path}|read", _squares(value, axis))
+            count = value.numel() / max(value.shape[axis], 1)
+            self._note(f"{place.path}|count", torch.full((), count, device=value.device))
         elif value.requires_grad:
             value.register_hook(
-                lambda gradient: self._note(
-                    f"{place.path}|made",
-                    per_index(gradient, axis).square().sum(0, dtype=torch.float64),
-                )
+                lambda gradient: self._note(f"{place.path}|made", _squares(gradient, axis))
             )
 
     def _note(self, name: str, value: torch.Tensor) -> None:
@@ -93,7 +92,7 @@ class KFAC(Watching):
         require_gradients(tensors, groups)
         for name, value in self._pending.items():
             self.add(name, value)
-        for group in groups:
+        for group in groups if self.whole else ():  # until then gradients are of some parts
             for number, member in enumerate(parameters_of(group, tensors, self.members)):
                 gradient = gradient_of(member.tensor, tensors)
                 if gradient is None or f"{_path(member)}|made" in self._pending:
@@ -128,6 +127,11 @@ class KFAC(Watching):
         if not found:
             raise InputError(f"no gradient reached any tensor of group {group.name!r}")
         return aggregated(found, group.size, self.aggregate)
+
+
+def _squares(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sum squares over all axes but one: (channels,), float64."""
+    return sum_over(value.square(), [k for k in range(value.ndim) if k != axis]).double()
 
 
 def _path(member: Member) -> str:

@@ -28,19 +28,19 @@ class Variance(Flows):
     """See `variance`."""
 
     def __init__(self, *, weighted: bool) -> None:
-        super().__init__()
+        super().__init__("variance")
         self.weighted = weighted
 
     def one(self, group: CouplingGroup, sums: Scores) -> torch.Tensor:
         """Return the scores of one group."""
-        spread = self.typical(group, sums, "variance")
+        spread = self.typical(group, sums)
         if not self.weighted:
             return spread
         size, readers = group.size, self.readings[group.name][0]
         total, read = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.bool)
         for reading in readers:
             flow = self.flow(reading, size, sums)
-            mine = spread if flow is None else flow.variance
+            mine = spread if flow is None else flow
             weight = self._weights[reading.member.tensor].detach().double().square()
             total += mine * per_channel(weight, reading.member, size).cpu()
             read |= reading.covers(size)

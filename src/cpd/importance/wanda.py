@@ -20,7 +20,7 @@ def wanda() -> Importance:
 
     Needs forward passes, no gradients.
     """
-    return Wanda()
+    return Wanda("second")
 
 
 class Wanda(Flows):
@@ -28,11 +28,11 @@ class Wanda(Flows):
 
     def one(self, group: CouplingGroup, sums: Scores) -> torch.Tensor:
         """Return the scores of one group."""
-        size, size_of = group.size, self.typical(group, sums, "second").sqrt()
+        size, size_of = group.size, self.typical(group, sums).sqrt()
         total, read = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.bool)
         for reading in self.readings[group.name][0]:
             flow = self.flow(reading, size, sums)
-            norm = size_of if flow is None else flow.second.sqrt()
+            norm = size_of if flow is None else flow.sqrt()
             weight = self._weights[reading.member.tensor].detach().abs()
             total += norm * per_channel(weight, reading.member, size).cpu()
             read |= reading.covers(size)
