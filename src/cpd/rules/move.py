@@ -33,7 +33,14 @@ def view(call: Call) -> Labels:
     out = reshape(x, call.shape, call.channels)
     for arg in ("size", "shape"):
         _shape_sizes(call, arg, out)
-    return out
+    return _like(call, out) if call.op.endswith("_as") else out
+
+
+def _like(call: Call, out: Labels) -> Labels:
+    """The shape is that of another tensor, whatever that becomes: both keep the same channels."""
+    names = [f"d{k}" for k in range(len(call.shape))]
+    operands = [(out, names), (call.args["other"], names)]
+    return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))
 
 
 @rule("unflatten")
