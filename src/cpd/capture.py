@@ -312,6 +312,8 @@ def _check_guards(graph: fx.Graph, env: ShapeEnv, sources: dict[Any, Source]) ->
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(placeholders[-1].next):
         for expr in guards:
+            if getattr(expr, "rel_op", "") == "==" and expr.rhs.is_number:
+                raise Uncapturable("its code fixes a size of its inputs, as len() does")
             symbols = {}
             for symbol in expr.free_symbols:
                 if symbol not in sources:
