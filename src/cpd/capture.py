@@ -28,7 +28,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._thunk import Thunk
 
-from .forward import Data, Forward, bound, encode, op_name
+from .forward import Data, Forward, bound, encode, op_name, parameters
 from .surgery import share
 from .trace import named_tensors, quiet_state
 
@@ -126,7 +126,8 @@ def _graph(
     training: bool,
 ) -> fx.Graph:
     """Return the calls of one forward; its `output` holds the structure of what it returns."""
-    copied = share(module).train(training)
+    copied = share(module)
+    copied.train(training)
     env = ShapeEnv(duck_shape=False)
     fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     tensors = {name: _fake(fake, t, (), dtype) for name, t in named_tensors(copied)}
@@ -186,7 +187,7 @@ def _fake(
             with mode:
                 return torch.empty(shape, dtype=kind, device="cpu")
         sizes = [DimDynamic.DYNAMIC if v else DimDynamic.STATIC for v in varying]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         made = mode.from_tensor(like, symbolic_context=context)
         with mode:
             return torch.empty(made.shape, dtype=kind, device="cpu")
@@ -218,11 +219,9 @@ def _filled(call: Data, leaves: Iterator[Any]) -> Data:
 
 
 def _forward(module: nn.Module, given: Data) -> Any:
-    from .forward import _parameters
-
     args: list[Any] = []
     kwargs: Data = {}
-    for name, kind, _ in _parameters(type(module)):
+    for name, kind, _ in parameters(type(module)):
         if kind is kind.VAR_POSITIONAL:
             args += given[name]
         elif kind is kind.VAR_KEYWORD:
@@ -273,7 +272,7 @@ def _proxy(tracer: Any, value: Any) -> Any:
     found = proxy_tensor.fetch_object_proxy(tracer, value)
     if found is value:
         raise Uncapturable("it passes a constant tensor to a child")
-    if isinstance(value, torch.Tensor):
+    if isinstance(found, proxy_tensor._ProxyTensor):
         return found.proxy
     return found.force() if isinstance(found, Thunk) else found
 
@@ -358,9 +357,7 @@ def _data(single: fx.Graph, double: fx.Graph) -> list[Data]:
     inputs = [n for n in single.nodes if n.op == "placeholder" and "tensor" not in n.meta]
     first = next((n for n in inputs if _floating(n)), None)
     made: list[Data] = []
-    follows: dict[str, str] = {}
-    for kind in ("dtype", "device") if first is not None else ():
-        follows[kind] = f"{first.name}_{kind}"
+    follows = {kind: f"{first.name}_{kind}" for kind in ("dtype", "device") if first is not None}
     for a, b in pairs:
         if a.op == "placeholder" and "tensor" in a.meta:
             if a.users:
@@ -391,6 +388,7 @@ def _node(a: fx.Node, b: fx.Node, follows: dict[str, str]) -> Data:
         )
     except TypeError as error:
         raise Uncapturable(str(error)) from error
+    op: str | None
     if a.op == "output":
         op = "output"
     elif a.op == "call_function":

@@ -52,7 +52,7 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "sym_max": torch.sym_max,
     "sym_min": torch.sym_min,
     "sym_not": torch.sym_not,
-    "sym_sqrt": torch._sym_sqrt,
+    "sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
     "check": torch._check,
 }
 _NAMES = {function: name for name, function in BUILTINS.items()}
@@ -60,6 +60,14 @@ _KINDS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
     "memory_format": torch.memory_format,
+    "device": torch.device,
+    "float": float,  # one that is not finite
+}
+_CASTS: dict[str, Callable[..., Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "float": float,
+    "device": torch.device,
 }
 _SPACES = ("aten", "torchvision")
 
@@ -116,14 +124,14 @@ _MODES = ("eval", "train")
 
 def adopt(module: nn.Module, forward: Forward) -> None:
     """Give a module (in place) a forward as data. Its class becomes a subclass of its own."""
-    kind = type(module)
+    kind: Any = type(module)
     if not hasattr(kind, "cut_from"):
         module.__class__ = _subclass(kind)
     module.__dict__["cut_forward"] = forward
 
 
 @cache
-def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
+def _subclass(kind: Any) -> type[nn.Module]:
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.cut_forward.run(self, args, kwargs)
@@ -143,15 +151,14 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), body)
 
 
-def _restored(kind: type[nn.Module]) -> nn.Module:
+def _restored(kind: Any) -> nn.Module:
     made = _subclass(kind)
     return made.__new__(made)
 
 
-@cache
-def _parameters(kind: type) -> tuple[tuple[str, Any, Any], ...]:
+def parameters(kind: type) -> tuple[tuple[str, Any, Any], ...]:
     """Return (name, kind, default) of what a class's forward takes."""
-    function = getattr(kind, "cut_from", kind).forward
+    function = getattr(getattr(kind, "cut_from", kind), "forward")  # noqa: B009 - any class
     found = list(inspect.signature(function).parameters.values())[1:]
     return tuple((p.name, p.kind, p.default) for p in found)
 
@@ -160,7 +167,7 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """Return the arguments of a call by the names of its parameters, defaults filled in."""
     given: dict[str, Any] = {}
     rest, named = list(args), dict(kwargs)
-    for name, kind, default in _parameters(type(module)):
+    for name, kind, default in parameters(type(module)):
         if kind is inspect.Parameter.VAR_POSITIONAL:
             given[name], rest = tuple(rest), []
         elif kind is inspect.Parameter.VAR_KEYWORD:
@@ -277,12 +284,9 @@ def encode(value: Any) -> Any:
         return {"tuple" if isinstance(value, tuple) else "list": [encode(x) for x in value]}
     if isinstance(value, dict):
         return {"dict": {str(key): encode(item) for key, item in value.items()}}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if value is None or (isinstance(value, bool | int | float | str) and finite):
         return value
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
     for name, kind in _KINDS.items():
         if isinstance(value, kind):
             return {name: str(value).removeprefix("torch.")}
@@ -296,16 +300,13 @@ def _lookup(value: Any, env: Mapping[str, fx.Node]) -> Any:
     ((kind, held),) = value.items()
     if kind == "node":
         return env[held]
-    if kind in ("list", "tuple"):
-        return (list if kind == "list" else tuple)(_lookup(x, env) for x in held)
     if kind == "dict":
         return {key: _lookup(item, env) for key, item in held.items()}
-    if kind == "float":
-        return float(held)
-    if kind == "device":
-        return torch.device(held)
+    if kind in _CASTS:
+        cast = _CASTS[kind]
+        return cast(_lookup(x, env) for x in held) if kind in ("list", "tuple") else cast(held)
     found = getattr(torch, held, None) if kind in _KINDS else None
-    if not isinstance(found, _KINDS.get(kind, type(None))) or found is None:
+    if found is None or not isinstance(found, _KINDS[kind]):
         raise ArtefactError(f"{kind} {held!r} is unknown")
     return found
 

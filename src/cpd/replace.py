@@ -202,7 +202,7 @@ def _varied(args: Any, kwargs: Any, device: str, batch: int, other: int) -> tupl
         times += [other if n > 4 else 1 for n in value.shape[1:]]
         return value.to(device).repeat(times)
 
-    return pytree.tree_map(vary, (args, kwargs))  # type: ignore[no-any-return]
+    return pytree.tree_map(vary, (args, kwargs))
 
 
 def _key(module: nn.Module, calls: list[Data]) -> Any:

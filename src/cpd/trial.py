@@ -56,7 +56,7 @@ def freeze_unfollowed(groups: Groups) -> None:
         return
     run = _runner(groups)
     loose = _loose(groups)
-    together = run(_without(groups, [f for kind in suspects.values() for f in kind]))
+    together = _followed(groups, [f for kind in suspects.values() for f in kind], run)
     if together is None and not loose.any():
         return
     for kind in suspects.values():
@@ -74,6 +74,17 @@ def freeze_unfollowed(groups: Groups) -> None:
         error = _tried_replaced(groups, kept, run, error)
     if error is not None:
         _freeze(groups, kept, f"the code cannot follow together with others: {error.text}")
+
+
+def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | None:
+    """Cut all at once; where the code of a class fails, replace its forwards and go on."""
+    error = run(_without(groups, families))
+    while error is not None:
+        paths = _of_one_class(groups, error.paths[:1])
+        if not groups.replaced.enable(paths, error.text):
+            return error
+        error = run(_without(groups, families))
+    return None
 
 
 def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> Failure | None:
@@ -278,6 +289,9 @@ def _run(
         forwards = groups.replaced.at(of_ids)
     except Disagreement as error:
         return Failure(str(error))
+    apart = _disagreement(groups, of_ids) if expected is not None else None
+    if apart is not None:
+        return apart
     small = rebuild(model, tensors, attribute_values(model, groups.sites, of_ids), forwards).eval()
     args, kwargs = _to(groups.trace.args, mode, device), _to(groups.trace.kwargs, mode, device)
     try:
@@ -291,6 +305,17 @@ def _run(
     ]
     if expected is not None and sorted(shapes) != sorted(expected):
         return Failure(f"puts out {shapes} instead of {expected}")
+    return None
+
+
+def _disagreement(groups: Groups, of_ids: Mask) -> Failure | None:
+    """Say where an attribute would need two values."""
+    made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
+    for site in groups.sites:
+        paths = dict.fromkeys(made[id(size)] for size in site.sizes)
+        if site.value(of_ids) is None and not groups.replaced.active.keys() >= paths.keys():
+            text = f"{site.attribute} of {site.path or 'the network'} would need two values"
+            return Failure(text, tuple(paths))
     return None
 
 
