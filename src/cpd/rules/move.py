@@ -70,8 +70,9 @@ def transpose(call: Call) -> Labels:
         named = torch.empty([k + 1 for k in order], device="meta")
         moved = named.movedim(call.args["source"], call.args["destination"])
         order = [size - 1 for size in moved.shape]
-    elif "dim0" in call.args:
-        a, b = (positive(call.args[name], len(order)) for name in ("dim0", "dim1"))
+    elif "dim0" in call.args or "axis0" in call.args:
+        names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
+        a, b = (positive(call.args[name], len(order)) for name in names)
         order[a], order[b] = order[b], order[a]
     elif call.op == "numpy_T":
         order.reverse()
