@@ -44,8 +44,8 @@ anything raises, or a further check fails.
 
 **MACs**, **params**: share left. **error**: largest relative difference to the masked original.
 **groups**: coupling groups. **units**: kinds of units with how many of all are left. **trace**,
-**comb**, **choose**, **cut**: seconds on one thread in the default mode, on a machine that did
-other work beside. **checks**: what the network itself cannot do either is marked "as before".
+**comb**, **choose**, **cut**: processor seconds on one thread in the default mode. **checks**: what
+the network itself cannot do either is marked "as before".
 **ONNX**: the cut network in ONNX Runtime equals it; "fixed batch" where an open one fails."""
 
 

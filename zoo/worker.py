@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Clock:
-    """Seconds of each step of one mode, and the step that is under way."""
+    """Processor seconds of each step of one mode, and the step that is under way."""
 
     def __init__(self, row: dict[str, Any], mode: dict[str, Any], emit: Emit) -> None:
         self.row, self.mode, self.emit = row, mode, emit
@@ -44,10 +44,11 @@ class Clock:
         """Run one step on the clock."""
         before, self.mode["stage"] = self.mode["stage"], step
         self.emit(self.row)
-        start = perf_counter()
+        start = process_time()
         result = function(*args, **kwargs)
-        self.mode["seconds"][step] = round(perf_counter() - start, 3)
+        self.mode["seconds"][step] = round(process_time() - start, 3)
         self.mode["stage"] = before  # where it was: a step can hold another
+        self.emit(self.row)
         return result
 
 
