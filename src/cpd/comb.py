@@ -156,10 +156,12 @@ def _balance_shared(model: nn.Module, reader: Reader) -> None:
         rows: dict[bytes, Ids] = {}
         for size in site.sizes:
             layer = size.labels.owned(size.axis)
-            if layer is not None and layer.ids.ndim > 1:
+            if layer is not None and (layer.ids.ndim > 1 or size.arg == "split_sizes"):
                 rows[layer.ids.tobytes()] = layer.ids.reshape(-1, size.old)
         if len(rows) > 1:
-            reader.channels.nest(np.concatenate(list(rows.values())))
+            blocks = reader.channels.rows(np.concatenate(list(rows.values())))
+            if all(size.arg == "split_sizes" for size in site.sizes):
+                reader.channels.freeze(blocks, "one of equal parts, must not vanish")
 
 
 def _freeze_unheld(model: nn.Module, reader: Reader, replaced: Replacements) -> None:
