@@ -20,6 +20,7 @@ from torch import fx, nn
 from .graph import Step
 from .groups import Groups
 from .labels import Labels, Mask, alive_mask, axis_size, new_shape
+from .precision import widened
 from .trace import location
 
 
@@ -65,7 +66,8 @@ class Reference(fx.Interpreter):
                 values.append(self._as_here(trace.constants[node.name]))
             else:
                 values.append(next(inputs))
-        return super().run(*values, enable_io_processing=False)
+        with widened(self.dtype):
+            return super().run(*values, enable_io_processing=False)
 
     def _as_here(self, constant: torch.Tensor) -> torch.Tensor:
         like = next((t for t in self.tensors.values() if t.is_floating_point()), None)

@@ -22,7 +22,9 @@ Attributes = Mapping[str, Mapping[str, Any]]
 
 def share(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree that shares every parameter and buffer with the model."""
-    return _copy(model, {id(t): t for t in _tensors(model)})
+    result = _copy(model, {id(t): t for t in _tensors(model)})
+    _drop_caches(result)
+    return result
 
 
 def rebuild(
@@ -52,9 +54,20 @@ def rebuild(
     for path, module in result.named_modules(remove_duplicate=False):
         if path in touched or isinstance(module, nn.MultiheadAttention):
             refresh(module)
+    _drop_caches(result)
     for path, forward in (forwards or {}).items():
         adopt(result.get_submodule(path), forward)
     return result
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """Let modules that keep what they computed for evaluation forget it, as they do in training."""
+    for module in model.modules():
+        if type(module).train is not nn.Module.train:
+            modes = [(part, part.training) for part in module.modules()]
+            module.train(True)
+            for part, training in modes:
+                part.training = training
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
@@ -74,6 +87,8 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     kind = type(value)
+    if isinstance(value, torch.Tensor) and not value.is_leaf:
+        value = value.detach()  # computed from parameters, and again in every forward
     if kind is dict:
         return {_copy(key, memo): _copy(item, memo) for key, item in value.items()}
     if not isinstance(value, nn.Module) or _copies_itself(kind):
@@ -98,12 +113,18 @@ def refresh(module: nn.Module) -> None:
             return
 
 
+def _weight(m: Any) -> torch.Tensor:
+    """Return the weight, or what a hook computes it from in every forward."""
+    held = (m._parameters.get(name) for name in ("weight", "weight_v", "weight_orig"))
+    return next((x for x in held if x is not None), None) if "weight" in vars(m) else m.weight
+
+
 def _linear(m: Any) -> None:
-    m.out_features, m.in_features = m.weight.shape
+    m.out_features, m.in_features = _weight(m).shape
 
 
 def _conv(m: Any) -> None:
-    rows, columns = m.weight.shape[:2]
+    rows, columns = _weight(m).shape[:2]
     if m.transposed:
         m.in_channels, m.out_channels = rows, columns * m.groups
     else:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -75,11 +76,32 @@ def quiet_state() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with _no_idle_autocast(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _no_idle_autocast() -> Iterator[None]:
+    """Let `autocast(enabled=False)` do nothing where nothing is cast: the exporter would make a
+    graph of its own of what is inside.
+    """
+    kind = torch.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+
+    def idle(context: Any) -> bool:
+        return not context._enabled and not torch.is_autocast_enabled(context.device)
+
+    def on_enter(self: Any) -> Any:
+        return self if idle(self) else enter(self)
+
+    def on_exit(self: Any, *error: Any) -> Any:
+        return None if idle(self) else leave(self, *error)
+
+    with patch.object(kind, "__enter__", on_enter), patch.object(kind, "__exit__", on_exit):
+        yield
 
 
 def trace(model: nn.Module, example_inputs: Inputs) -> Trace:

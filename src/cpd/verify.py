@@ -15,6 +15,7 @@ from .errors import InputError
 from .groups import Groups
 from .plan import Plan
 from .planning import alive_of
+from .precision import widened
 from .reference import Reference, first_difference
 from .surgery import rebuild
 from .trace import Inputs, named_tensors, quiet_state, split_inputs
@@ -83,6 +84,8 @@ def verify(
     try:
         got = _run(cut_net, args, kwargs)
     except Exception as error:  # noqa: BLE001 - a forward that fails is the finding
+        if dtype is not None and not _bears(big, args, kwargs):
+            return verify(model, small, plan, example_inputs, dtype=None)
         text = f"the cut network does not run: {type(error).__name__}: {error}"
         return Proof(float("nan"), _limit(got_dtype=dtype), "run", text, {})
     groups = _groups_for(big, plan, args, kwargs)
@@ -174,8 +177,18 @@ def _inputs_as(values: Any, dtype: torch.dtype | None) -> Any:
     return torch.utils._pytree.tree_map(one, values)
 
 
+def _bears(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether the original runs in this type: some operators know few."""
+    try:
+        _run(model, args, kwargs)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    with torch.no_grad(), quiet_state():
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    with torch.no_grad(), quiet_state(), widened(kind):
         out = model(*args, **kwargs)
     return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 
