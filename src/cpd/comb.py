@@ -159,8 +159,9 @@ def _balance_shared(model: nn.Module, reader: Reader) -> None:
             if layer is not None and (layer.ids.ndim > 1 or size.arg == "split_sizes"):
                 rows[layer.ids.tobytes()] = layer.ids.reshape(-1, size.old)
         if len(rows) > 1:
-            blocks = reader.channels.rows(np.concatenate(list(rows.values())))
-            if all(size.arg == "split_sizes" for size in site.sizes):
+            reader.channels.nest(np.concatenate(list(rows.values())))
+            for whole in (row for row in rows.values() if len(row) == 1):  # not one of many heads
+                blocks = reader.channels.rows(whole)
                 reader.channels.freeze(blocks, "one of equal parts, must not vanish")
 
 
