@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from .groups import Groups
 from .labels import Mask, axis_size
 from .plan import Plan, Width, parts_of
 from .sizes import attribute_values
+from .trace import location
 
 
 def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
@@ -32,10 +34,7 @@ def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
         shapes=dict(groups.trace.shapes),
         aliases=dict(groups.trace.aliases),
         kept=kept,
-        attributes={
-            path: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-            for path, values in attribute_values(groups.model, groups.sites, of_ids).items()
-        },  # as JSON has them; `cut` gives tuples back
+        attributes=_attributes(groups, of_ids),
         rescale=_rescale(groups, of_ids),
         forwards=groups.replaced.at(of_ids),
         widths=_widths(groups, alive),
@@ -44,6 +43,25 @@ def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
         inputs=describe(groups.trace.args, groups.trace.kwargs),
         groups=groups,
     )
+
+
+def _attributes(groups: Groups, of_ids: Mask) -> dict[str, dict[str, Any]]:
+    """Return what changes, as JSON has it (`cut` gives tuples back).
+
+    Norms without tensors are told their width here: nothing they hold would tell it later.
+    """
+    found = {
+        path: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        for path, values in attribute_values(groups.model, groups.sites, of_ids).items()
+    }
+    for step in groups.steps:
+        path = location(step.node)[0]
+        module = groups.model.get_submodule(path)
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not module.state_dict():
+            width = axis_size(step.out, 1, of_ids)
+            if width != module.num_features:
+                found.setdefault(path, {})["num_features"] = width
+    return found
 
 
 def _rescale(groups: Groups, of_ids: Mask) -> dict[str, tuple[tuple[int, ...], float]]:
