@@ -7,6 +7,7 @@ found by trial and kept.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from .channels import Ids, Reason, components
-from .errors import InputError, UnknownName
+from .errors import InputError, TraceError, UnknownName
 from .graph import Pinned, Reader, Terms
 from .groups import CouplingGroup, Frozen, Groups
 from .kinds import attended, named_families
@@ -23,7 +24,7 @@ from .pins import freeze_computed_scales, pin_queries
 from .replace import Replacements
 from .rules import Factor, Size
 from .sizes import find_sites
-from .trace import Inputs, Trace, location, named_tensors, trace
+from .trace import Inputs, Trace, location, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
 from .units import Family, Units, solve
 
@@ -65,7 +66,11 @@ def comb(
     )
     graph = trace(model, example_inputs)
     reader = Reader(graph, exact=exact, unknown=unknown)
+    training = _training(model, graph, example_inputs)
+    reader.used |= used_tensors(training) if training is not None else set()
     reader.read()
+    if training is not None:
+        reader.read_training(training)
     _note_unused(model, reader)
     _freeze_untouched(reader)
     _freeze_ignored(model, reader, ignored)
@@ -115,6 +120,25 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
             made = [x for x in reader.labels[first].layers if (first, x.owner) not in consumed]
             for layer in made:
                 reader.channels.freeze(layer.ids, "ignored by the user")
+
+
+def _training(model: nn.Module, graph: Trace, example_inputs: Inputs) -> Trace | None:
+    """Trace the network as it trains where evaluation leaves out whole modules (auxiliary heads):
+    they read channels that others make.
+    """
+    used = {name.rpartition(".")[0] for name in used_tensors(graph)}
+    held = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    if held <= used:
+        return None
+    try:
+        return trace(model, example_inputs, training=True)
+    except (TraceError, InputError) as error:
+        warnings.warn(
+            f"{min(held - used)} is not used in evaluation, and how it is in training cannot be "
+            f"traced. If training uses it, the cut network may not train. {error}",
+            stacklevel=3,
+        )
+        return None
 
 
 def _note_unused(model: nn.Module, reader: Reader) -> None:

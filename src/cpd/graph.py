@@ -20,7 +20,7 @@ from .channels import Channels, Ids, Place
 from .errors import TraceError
 from .labels import Labels, Layer, Mask, layer_size, live_size
 from .rules import Call, Factor, Pin, Size, find
-from .trace import Trace, location, source_line
+from .trace import Trace, location, source_line, used_tensors
 
 
 @dataclass
@@ -120,8 +120,17 @@ class Reader:
         self.unruled: dict[str, str] = {}
         self.env: dict[fx.Node, Any] = {}
         self.weights: set[fx.Node] = set()
-        tensors = (node for node in trace.graph.nodes if node.name in trace.tensors and node.users)
-        self.used = {trace.tensors[node.name] for node in tensors}
+        self.used = used_tensors(trace)
+
+    def read_training(self, training: Trace) -> None:
+        """Read the same network as it trains: what only training computes binds channels too."""
+        other = Reader(training, unknown=self.unknown)
+        other.channels, other.labels, other.used = self.channels, self.labels, self.used
+        other.read()
+        known = {location(step.node)[0] for step in self.steps}
+        self.steps += [step for step in other.steps if location(step.node)[0] not in known]
+        self.consumed += other.consumed
+        self.unruled = {**other.unruled, **self.unruled}
 
     def read(self) -> None:
         """Read every node in order."""

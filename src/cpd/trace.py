@@ -104,8 +104,8 @@ def _no_idle_autocast() -> Iterator[None]:
         yield
 
 
-def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
-    """Trace a model in evaluation mode on example inputs.
+def trace(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> Trace:
+    """Trace a model on example inputs, in evaluation mode or as it trains.
 
     Raises `InputError` where the model does not run on the inputs, `TraceError` where it runs but
     cannot be exported.
@@ -113,7 +113,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Trace:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     args, kwargs = split_inputs(example_inputs)
-    copy = share(model).eval()
+    copy = share(model)
+    copy.train(training)
     with quiet_state():
         try:
             with torch.no_grad():  # code that runs without gradients is then no graph of its own
@@ -167,6 +168,11 @@ def _trace_of(
         for placeholder, name in signature.inputs_to_lifted_tensor_constants.items()
     }
     return Trace(exported.graph, tensors, constants, aliases, args, kwargs, shapes)
+
+
+def used_tensors(graph: Trace) -> set[str]:
+    """Return the names of the parameters and buffers that a traced pass reads."""
+    return {graph.tensors[n.name] for n in graph.graph.nodes if n.name in graph.tensors and n.users}
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
