@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo bench zoo slow lint format types layers clean
+.PHONY: setup test demo bench zoo fuzz slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -36,6 +36,9 @@ format: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(STAMP)
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -W error -m generator
 
 demo: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo.yaml --output out/demo --overwrite true
