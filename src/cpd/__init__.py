@@ -32,6 +32,7 @@ from .errors import (
     UnreachableTarget,
     VerifyError,
 )
+from .explain import explain
 from .exporters import load, save
 from .groups import CouplingGroup, Groups
 from .mask import mask
@@ -67,6 +68,7 @@ __all__ = [
     "costs",
     "cut",
     "distill",
+    "explain",
     "importance",
     "load",
     "mask",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,6 +37,11 @@ class Frozen:
     source: str = ""
 
     @property
+    def of_kernel(self) -> bool:
+        """Whether it is an axis that a kernel runs along, which never has channels."""
+        return self.reason.startswith("kernel axis")
+
+    @property
     def place(self) -> str:
         """The call in words: "linear in head, net.py:12"; "" where no single call demands it."""
         return str(Place(self.op, self.path, self.source))
@@ -44,6 +49,35 @@ class Frozen:
     def __str__(self) -> str:
         place = f" ({self.place})" if self.place else ""
         return f"{self.tensor} axis {self.axis}, {self.count} of it: {self.reason}{place}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """All that stays for one reason that one line of code demands, in however many modules."""
+
+    reason: str
+    op: str
+    source: str
+    items: tuple[Frozen, ...]
+
+    @property
+    def tensors(self) -> str:
+        """The axes in words: "q.weight axis 1 and 3 more"."""
+        return _first([f"{item.tensor} axis {item.axis}" for item in self.items])
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The modules whose calls demand it, each once."""
+        return tuple(dict.fromkeys(item.path for item in self.items if item.path))
+
+    @property
+    def place(self) -> str:
+        """The calls in words: "slice in blocks.0.attn and 11 more, attention.py:12"."""
+        return str(Place(self.op, _first(self.paths), self.source))
+
+
+def _first(words: Sequence[str]) -> str:
+    return f"{words[0]} and {len(words) - 1} more" if len(words) > 1 else "".join(words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +187,11 @@ class Groups:
         """Return a cost ("macs" per sample, "params") with these classes alive."""
         return self.costs[name].count(alive[self.units.label])
 
+    @cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """`frozen`, joined by reason and line of code, without the axes of kernels."""
+        return _kept(self.frozen)
+
     def _owners(self) -> tuple[Ids, Ids]:
         """Return for each class the number of its group, or -1, and its place in that."""
         owner = np.full(self.units.count, -1, np.int64)
@@ -217,12 +256,12 @@ class Groups:
         ]
         if self.groups:
             lines += _aligned([_HEAD, *(_row(group) for group in self.groups)])
-        lines += _frozen_lines(self.frozen)
+        lines += _kept_lines(self.kept)
         return "\n".join(lines)
 
 
 _HEAD = ("group", "units", "tensors", "params", "MACs")
-_PLACES = 3  # of one reason; `Groups.frozen` has all
+_PLACES = 3  # lines of code for one reason; `Groups.kept` has all
 
 
 def _share(left: int, whole: int) -> float:
@@ -252,24 +291,29 @@ def joined_kinds(families: Iterable[tuple[int, str]]) -> str:
     )
 
 
-def by_reason(frozen: Iterable[Frozen]) -> dict[str, dict[str, list[Frozen]]]:
-    """Return reason -> place -> what stays there. Without axes of kernels: none is of channels."""
-    found: dict[str, dict[str, list[Frozen]]] = {}
+def _kept(frozen: Iterable[Frozen]) -> tuple[Kept, ...]:
+    """Join what stays for one reason in one line of code; reasons in the order they first come."""
+    found: dict[str, dict[tuple[str, str], list[Frozen]]] = {}
     for item in frozen:
-        if not item.reason.startswith("kernel axis"):
-            found.setdefault(item.reason, {}).setdefault(item.place, []).append(item)
-    return found
+        if not item.of_kernel:
+            at = (item.op, item.source)
+            found.setdefault(item.reason, {}).setdefault(at, []).append(item)
+    return tuple(
+        Kept(reason, *at, tuple(items))
+        for reason, lines in found.items()
+        for at, items in lines.items()
+    )
 
 
-def _frozen_lines(frozen: tuple[Frozen, ...]) -> list[str]:
+def _kept_lines(kept: tuple[Kept, ...]) -> list[str]:
     lines = []
-    for reason, places in by_reason(frozen).items():
-        count = sum(len(items) for items in places.values())
+    for reason in dict.fromkeys(each.reason for each in kept):
+        mine = [each for each in kept if each.reason == reason]
+        count = sum(len(each.items) for each in mine)
         lines.append(f"    {reason}: {count} {'axis' if count == 1 else 'axes'}")
-        for place, items in list(places.items())[:_PLACES]:
-            more = f" and {len(items) - 1} more" if len(items) > 1 else ""
-            where = f" ({place})" if place else ""
-            lines.append(f"      {items[0].tensor} axis {items[0].axis}{more}{where}")
-        if len(places) > _PLACES:
-            lines.append(f"      and in {len(places) - _PLACES} more places")
+        for each in mine[:_PLACES]:
+            where = f" ({each.place})" if each.place else ""
+            lines.append(f"      {each.tensors}{where}")
+        if len(mine) > _PLACES:
+            lines.append(f"      and {len(mine) - _PLACES} more lines of code")
     return ["  kept:", *lines] if lines else []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cpd.cli.models import Source, named
-from cpd.cli.show import Bars, frozen_table, group_table
+from cpd.cli.show import Bars, coverage, group_table, kept_table
 from cpd.distill import isolated
 from cpd.errors import ArtefactError, InputError
 
@@ -32,8 +33,11 @@ class Shell:
         ignore: list[str] | None = None,
         exact: bool = False,
         unknown: str = "freeze",
+        keep_class: str = "loose",
+        dot: str | None = None,
+        html: str | None = None,
     ) -> None:
-        """Show which channels of a network must go together, and which cannot go.
+        """Show which channels of a network must go together, and which cannot go, and why.
 
         Args:
             model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
@@ -42,15 +46,30 @@ class Shell:
             ignore: modules or names whose width stays.
             exact: also keep what feeds statistics across channels.
             unknown: what to do at an operation without a rule: freeze or error.
+            keep_class: strict keeps what needs a forward other than that of its class.
+            dot: file for the coupling graph in the language of Graphviz.
+            html: file for the coupling graph as an interactive page.
         """
         from cpd.comb import comb
+        from cpd.explain import explain
 
         source = Source(model, model_args or {})
         network = _made(source)
         inputs = source.inputs(network, input_shape)
-        groups = comb(network, inputs, ignore=ignore or (), exact=exact, unknown=unknown)
+        kept = ignore or ()
+        begun = perf_counter()
+        groups = comb(
+            network, inputs, ignore=kept, exact=exact, unknown=unknown, keep_class=keep_class
+        )
+        seconds = perf_counter() - begun
         self.console.print(group_table(groups))
-        self.console.print(frozen_table(groups.frozen))
+        self.console.print(kept_table(groups.kept))
+        self.console.print(coverage(groups, seconds))
+        if dot is not None:
+            explain(groups).dot(dot)
+            self.console.print(f"graph: {dot}")
+        if html is not None:
+            self.console.print(f"page: {explain(groups).html(html)}")
 
     def export(
         self,

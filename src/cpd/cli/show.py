@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from cpd.groups import CouplingGroup, Frozen, Groups
+    from cpd.groups import Groups, Kept
 
-__all__ = ["Bars", "frozen_table", "group_table"]
+__all__ = ["Bars", "coverage", "group_table", "kept_table"]
 
 TITLES = {
     "base": "train the base",
@@ -105,17 +105,17 @@ class Bars(Callback):
 def group_table(groups: Groups) -> Table:
     """Every coupling group: what can go, where it lives, and what hangs on it."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{len(groups)} coupling groups", title_justify="left")
+    count = "1 coupling group" if len(groups) == 1 else f"{len(groups)} coupling groups"
+    table = Table(title=count, title_justify="left")
     table.add_column("group", overflow="fold")
     table.add_column("units", justify="right")
     for name in ("tensors", "params", "MACs"):
         table.add_column(name, justify="right")
-    whole = {cost: groups.cost(cost, groups.everything()) for cost in ("params", "macs")}
     for group in groups:
-        units = ", ".join(f"{family.width} {family.kind}" for family in group.families)
-        shares = [_share(groups, group, cost, whole[cost]) for cost in whole]
-        table.add_row(group.name, units, str(len(group.members)), *shares)
+        shares = [f"{group.share[cost]:.1%}" for cost in ("params", "macs")]
+        table.add_row(Text(group.name), group.kinds, str(len(group.members)), *shares)
     table.caption = (
         "units: what can go one by one · tensors: parameters and buffers they run through · "
         "params, MACs: share of the whole network that hangs on the group"
@@ -123,25 +123,30 @@ def group_table(groups: Groups) -> Table:
     return table
 
 
-def _share(groups: Groups, group: CouplingGroup, cost: str, whole: int) -> str:
-    without = groups.everything()
-    without[group.classes] = False
-    return f"{1 - groups.cost(cost, without) / whole:.1%}" if whole else "–"
+def coverage(groups: Groups, seconds: float) -> str:
+    """How long combing took, and how much of the network hangs on what can go."""
+    whole = groups.everything()
+    shares = [
+        f"{groups.coverage[cost]:.1%} of {groups.cost(cost, whole):,} {name}"
+        for cost, name in (("params", "parameters"), ("macs", "MACs"))
+    ]
+    return f"combed in {seconds:.1f} s; can go: {' and '.join(shares)}"
 
 
-def frozen_table(frozen: Iterable[Frozen]) -> Table:
-    """What stays, and why; one row for each reason."""
+def kept_table(kept: Iterable[Kept]) -> Table:
+    """What stays and why: a row for each line of code that demands it."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="kept as it is", title_justify="left")
     table.add_column("reason", overflow="fold")
     table.add_column("axes", justify="right")
-    table.add_column("where", overflow="fold")
-    reasons: dict[str, list[str]] = {}
-    for item in frozen:
-        if not item.reason.startswith("kernel axis"):
-            reasons.setdefault(item.reason, []).append(f"{item.tensor}[{item.axis}]")
-    for reason, where in reasons.items():
-        more = f" and {len(where) - 3} more" if len(where) > 3 else ""
-        table.add_row(reason, str(len(where)), ", ".join(where[:3]) + more)
+    table.add_column("which", overflow="fold")
+    table.add_column("demanded by", overflow="fold")
+    before = ""
+    for each in kept:
+        reason = "" if each.reason == before else each.reason
+        before = each.reason
+        cells = (Text(reason), str(len(each.items)), Text(each.tensors), Text(each.place))
+        table.add_row(*cells)
     return table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from html import escape
 
 __all__ = ["document", "section", "table", "text"]
@@ -26,24 +28,30 @@ th, td { padding: .4rem .75rem; text-align: left; border-bottom: 1px solid var(-
 tr:last-child td { border-bottom: 0; }
 th { background: var(--raised); color: var(--soft); font-weight: 600; position: sticky; top: 0; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 pre { margin: 0; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.5 ui-monospace, monospace; background: var(--raised); }
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .none { color: var(--soft); }
 """
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src {script}"
+_NUMBER = "0123456789–−"
 _NONE = '<p class="none">Nothing was recorded.</p>'
 
 
-def document(title: str, sections: Sequence[str]) -> str:
-    """The whole page."""
+def document(title: str, sections: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """The whole page. ``script`` runs at its end, and nothing but it: its hash is the policy."""
     body = "\n".join(sections)
+    allowed = "'none'"
+    if script:
+        digest = b64encode(sha256(script.encode()).digest()).decode()
+        allowed, body = f"'sha256-{digest}'", f"{body}\n<script>{script}</script>"
+    policy = _POLICY.format(script=allowed)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
 
@@ -62,7 +70,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """An HTML table; columns whose every cell starts like a number stand to the right."""
     if not lines:
         return ""
-    right = [all(line[i][:1] in "0123456789–−" for line in lines) for i in range(len(head))]
+    columns = [[line[i] for line in lines] for i in range(len(head))]
+    right = [all(cell[:1] in _NUMBER for cell in cells) and any(cells) for cells in columns]
     classes = [' class="number"' if is_right else "" for is_right in right]
     cells = "".join(f"<th{c}>{escape(name)}</th>" for c, name in zip(classes, head, strict=True))
     body = "\n".join(

@@ -125,7 +125,10 @@ class Report:
 
         lines = [tuple(row[:4]) for row in rows(self.before, self.after)]
         widths = [(w.group, w.family, str(w.before), str(w.after)) for w in self.widths]
-        frozen = [(f.tensor, str(f.axis), str(f.count), f.reason) for f in self.frozen]
+        frozen = [
+            (f.tensor, str(f.axis), str(f.count), f.reason, f.place)
+            for f in sorted(self.frozen, key=lambda item: item.of_kernel)
+        ]
         before = {"macs": self.before.macs, "params": self.before.params}
         sections = [
             page.section("Before and after", page.table(HEAD, lines)),
@@ -141,7 +144,7 @@ class Report:
 
 
 _WIDTH_HEAD = ("group", "kind", "before", "after")
-_FROZEN_HEAD = ("tensor", "axis", "indices", "reason")
+_FROZEN_HEAD = ("tensor", "axis", "indices", "reason", "demanded by")
 
 
 def _measures(entry: dict[str, Any]) -> Measures:
