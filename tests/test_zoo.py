@@ -160,10 +160,10 @@ def row_of(one: Network) -> dict[str, Any]:
 
 def test_all_checks_pass_on_a_cut_network() -> None:
     model, small, plan = pruned()
-    assert checks.other_batch(model, small, IMAGES) == "ok"
-    assert checks.training(model, small, IMAGES) == "ok"
-    assert checks.copies(model, small, IMAGES) == "ok"
-    assert checks.artefact(model, small, plan, IMAGES) == "ok"
+    assert checks.other_batch(checks.Whole(model, IMAGES), small) == "ok"
+    assert checks.training(checks.Whole(model, IMAGES), small) == "ok"
+    assert checks.copies(checks.Whole(model, IMAGES), small) == "ok"
+    assert checks.artefact(checks.Whole(model, IMAGES), small, plan) == "ok"
     before, after = plan.costs["macs"]
     assert checks.counted_macs(model, IMAGES) == 2 * before
     assert checks.counted_macs(small, IMAGES) == 2 * after
@@ -172,20 +172,20 @@ def test_all_checks_pass_on_a_cut_network() -> None:
 def test_a_lost_dropout_is_found() -> None:
     model, small, _ = pruned()
     small.drop.p = 0.0
-    assert "behaves otherwise in training" in checks.training(model, small, IMAGES)
+    assert "behaves otherwise in training" in checks.training(checks.Whole(model, IMAGES), small)
 
 
 def test_training_flags_are_compared() -> None:
     model, small, _ = pruned()
     small.norm.train()
-    assert checks.training(model, small, IMAGES) == "training flags differ"
+    assert checks.training(checks.Whole(model, IMAGES), small) == "training flags differ"
 
 
 def test_a_network_without_gradients_is_found() -> None:
     model, small, _ = pruned()
     for each in (model, small):
         each.requires_grad_(False)
-    assert checks.training(model, small, IMAGES) == "no output has a gradient"
+    assert checks.training(checks.Whole(model, IMAGES), small) == "no output has a gradient"
 
 
 def test_what_the_network_itself_cannot_do_is_marked() -> None:
@@ -196,8 +196,12 @@ def test_what_the_network_itself_cannot_do_is_marked() -> None:
             return super().forward(x)
 
     model = Fixed().eval()
-    assert checks.other_batch(model, model, IMAGES).startswith("as before: ValueError: two samples")
-    assert checks.training(model, model, IMAGES).startswith("as before: ValueError: two samples")
+    assert checks.other_batch(checks.Whole(model, IMAGES), model).startswith(
+        "as before: ValueError: two samples"
+    )
+    assert checks.training(checks.Whole(model, IMAGES), model).startswith(
+        "as before: ValueError: two samples"
+    )
 
 
 def test_another_batch_that_comes_out_otherwise_is_found() -> None:
@@ -208,19 +212,19 @@ def test_another_batch_that_comes_out_otherwise_is_found() -> None:
     model, small, _ = pruned()
     wrong = copy.deepcopy(small)
     wrong.__class__ = Counting
-    assert checks.other_batch(model, small, IMAGES) == "ok"
-    assert checks.other_batch(model, wrong, IMAGES).startswith("differs by")
+    assert checks.other_batch(checks.Whole(model, IMAGES), small) == "ok"
+    assert checks.other_batch(checks.Whole(model, IMAGES), wrong).startswith("differs by")
 
 
 def test_other_names_in_the_state_dict_are_found() -> None:
     model, small, _ = pruned()
     small.more = nn.Linear(1, 1)
-    assert checks.copies(model, small, IMAGES) == "the state dict has other names"
+    assert checks.copies(checks.Whole(model, IMAGES), small) == "the state dict has other names"
 
 
 def test_onnx_is_compared() -> None:
     model, small, _ = pruned()
-    assert checks.in_onnx(model, small, IMAGES) == "ok"
+    assert checks.in_onnx(checks.Whole(model, IMAGES), small) == "ok"
 
 
 def test_differences() -> None:

@@ -66,12 +66,13 @@ def traced(clock: Clock) -> Iterator[None]:
 
 def prune(network: Network, emit: Emit) -> None:
     """Both modes of one network."""
-    row, model, inputs = described(network, emit)
+    row, *built = described(network, emit)
+    whole = checks.Whole(*built)
     row["modes"] = {key: {"seconds": {}, "stage": "start"} for key in MODES}
     for key, exact in MODES.items():
         mode = row["modes"][key]
         try:
-            _mode(model, inputs, exact, Clock(row, mode, emit))
+            _mode(whole, exact, Clock(row, mode, emit))
         except Exception as error:  # noqa: BLE001 - an exception is a result, and is reported
             mode.update(status="error", message=checks.brief(error))
         emit(row)
@@ -98,8 +99,9 @@ def described(network: Network, emit: Emit) -> tuple[dict[str, Any], nn.Module, 
     return row, model, inputs
 
 
-def _mode(model: nn.Module, inputs: Any, exact: bool, clock: Clock) -> None:
+def _mode(whole: checks.Whole, exact: bool, clock: Clock) -> None:
     mode, seconds = clock.mode, clock.mode["seconds"]
+    model, inputs = whole.model, whole.inputs
     with traced(clock):
         groups = clock("comb", cpd.comb, model, inputs, exact=exact)
     seconds["comb"] = round(seconds["comb"] - seconds["trace"], 3)
@@ -124,17 +126,17 @@ def _mode(model: nn.Module, inputs: Any, exact: bool, clock: Clock) -> None:
     if proof.mode == "run":
         mode.update(status="error", stage="run")
         return
-    _further(model, small, plan, inputs, clock)
+    _further(whole, small, plan, clock)
 
 
-def _further(model: nn.Module, small: nn.Module, plan: cpd.Plan, inputs: Any, clock: Clock) -> None:
+def _further(whole: checks.Whole, small: nn.Module, plan: cpd.Plan, clock: Clock) -> None:
     """Run the checks after the proof: one that fails makes the status."""
     mode = clock.mode
     all_checks = {
-        "batch": lambda: checks.other_batch(model, small, inputs),
-        "train": lambda: checks.training(model, small, inputs),
-        "copies": lambda: checks.copies(model, small, inputs),
-        "artefact": lambda: checks.artefact(model, small, plan, inputs),
+        "batch": lambda: checks.other_batch(whole, small),
+        "train": lambda: checks.training(whole, small),
+        "copies": lambda: checks.copies(whole, small),
+        "artefact": lambda: checks.artefact(whole, small, plan),
     }
     mode["checks"], failed = {}, ""
     for key, check in all_checks.items():
@@ -144,8 +146,8 @@ def _further(model: nn.Module, small: nn.Module, plan: cpd.Plan, inputs: Any, cl
             failed = failed or key
     mode["stage"] = failed or "done"
     if not failed:
-        whole, left = (clock("count", checks.counted_macs, m, inputs) for m in (model, small))
-        mode["counted"] = round(left / max(whole, 1), 4)
+        left = clock("count", checks.counted_macs, small, whole.inputs)
+        mode["counted"] = round(left / max(whole.macs, 1), 4)
 
 
 def found(groups: cpd.Groups) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def export(network: Network, emit: Emit) -> None:
         scores = cpd.importance.score("random", model, groups)
         plan = cpd.choose(groups, scores, TARGET, unreachable="closest")
         small = clock("cut", cpd.cut, model, plan, verify=False)
-        answer = clock("onnx", checks.in_onnx, model, small, inputs)
+        answer = clock("onnx", checks.in_onnx, checks.Whole(model, inputs), small)
     except Exception as error:  # noqa: BLE001 - an exception is a result, and is reported
         mode.update(status="error", message=checks.brief(error))
     else:
