@@ -203,11 +203,11 @@ def random(spec: Spec) -> bool:
 # the strategy ------------------------------------------------------------------------------------
 
 
-def blocks(depth: int = 2) -> st.SearchStrategy[list[Spec]]:
-    """Lists of blocks; `depth`: how deep blocks are inside others."""
+def blocks(depth: int = 2, least: int = 1) -> st.SearchStrategy[list[Spec]]:
+    """Lists of blocks, at least so many; `depth`: how deep blocks are inside others."""
     found = [found for found in IDIOMS.values() if depth or BODY not in found.options.values()]
     one = st.sampled_from(sorted(found, key=lambda f: f.name)).flatmap(lambda f: _block(f, depth))
-    return st.lists(one, min_size=1, max_size=4 if depth == 2 else 2)
+    return st.lists(one, min_size=least, max_size=3 if depth == 2 and least else 2)
 
 
 def _block(found: Any, depth: int) -> st.SearchStrategy[Spec]:
@@ -218,12 +218,18 @@ def _block(found: Any, depth: int) -> st.SearchStrategy[Spec]:
     return st.fixed_dictionaries({"is": st.just(found.name), **options})
 
 
-def specs() -> st.SearchStrategy[Spec]:
-    """Networks, as data."""
+def around(name: str) -> st.SearchStrategy[list[Spec]]:
+    """Lists of blocks with a block of one idiom in the middle."""
+    parts = st.tuples(blocks(2, 0), _block(IDIOMS[name], 2), blocks(2, 0))
+    return parts.map(lambda found: [*found[0], found[1], *found[2]])
+
+
+def specs(of: str | None = None) -> st.SearchStrategy[Spec]:
+    """Networks, as data; those that have the idiom `of`, or any."""
     return st.fixed_dictionaries(
         {
             "input": st.sampled_from(tuple(INPUTS)),
-            "blocks": blocks(),
+            "blocks": blocks() if of is None else around(of),
             "head": st.sampled_from(HEADS),
             "aux": st.lists(st.integers(0, 2), max_size=1),
             "extra": st.sampled_from((*EXTRA[:1] * 3, *EXTRA[1:])),
