@@ -173,7 +173,10 @@ class Channels:
         found = fold.columns if columns else fold.rows
         if found is not None:
             return found
-        fresh = self.new(fold.ids.shape[1] if columns else fold.ids.shape[0])
+        number: dict[bytes, int] = {}
+        rows = np.ascontiguousarray(fold.ids.T if columns else fold.ids)
+        order = [number.setdefault(row.tobytes(), len(number)) for row in rows]
+        fresh = self.new(len(number))[order]  # rows that are the same have one block
         if columns:
             fold.columns, fold.tied = fresh, True
         else:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..channels import Channels, Ids
 from ..labels import Labels, Layer, equal_rows, place
 
@@ -152,12 +154,16 @@ def known() -> tuple[str, ...]:
 
 @dataclass
 class _Entry:
-    """The ids of one named axis as one operand has them; `names` from the outside in."""
+    """The ids of one named axis as one operand has them; `names` from the outside in.
+
+    `copied`: rows of which several may be copies of one. `uniform`: any index may go for any other.
+    """
 
     names: tuple[str, ...]
     layer: Layer
     owned: bool
     copied: bool = False
+    uniform: bool = False
 
 
 Named = tuple[Labels, Sequence[str]]
@@ -208,9 +214,9 @@ def _entries(call: Call, labels: Labels, names: Sequence[str]) -> list[tuple[str
         if layer is not None and labels.shape[axis] > 1:
             named = tuple(names[x] for x in layer.axes)
             call.channels.use(layer.ids)
-            owned = labels.owned(axis) is not None
+            owned = labels.owned(axis) is not None and not labels.uniform
             copied = owned and any(labels.owned(x) is not None for x in layer.axes[:-1])
-            found.append((name, _Entry(named, layer, owned, copied)))
+            found.append((name, _Entry(named, layer, owned, copied, labels.uniform)))
     return found
 
 
@@ -222,7 +228,10 @@ def _fixes(labels: Labels, names: Sequence[str], name: str) -> bool:
 
 
 def _main(found: list[_Entry]) -> _Entry:
-    return max(found, key=lambda entry: (len(entry.names), entry.owned, not entry.copied))
+    def rank(entry: _Entry) -> tuple[int, bool, bool]:
+        return len(entry.names), entry.owned, not (entry.copied or entry.uniform)
+
+    return max(found, key=rank)
 
 
 def _unite(call: Call, main: _Entry, other: _Entry) -> None:
@@ -232,6 +241,11 @@ def _unite(call: Call, main: _Entry, other: _Entry) -> None:
         _unite_copies(call, main.layer.ids, other.layer.ids)
     elif main.names == other.names:
         call.channels.unite(main.layer.ids, other.layer.ids)
+    elif len(other.names) == 1 and other.uniform:
+        rows = main.layer.ids.reshape(-1, main.layer.ids.shape[-1])
+        rows = np.concatenate([rows, other.layer.ids.reshape(1, -1)])
+        call.channels.nest(rows)  # as many as in each row, no matter which
+        call.channels.freeze(call.channels.rows(rows)[-1:], "the same in every row")
     elif len(other.names) == 1:
         ids = main.layer.ids
         columns = call.channels.columns(ids.reshape(-1, ids.shape[-1]))

@@ -82,5 +82,8 @@ def weight_norm(call: Call) -> Labels:
     names = [f"d{k}" for k in range(len(v.shape))]
     kept = [n for n in names if call.args.get("dim", 0) in (names.index(n),)]
     align(call, [(v, names)], kept, tuple(v.shape[names.index(n)] for n in kept))
+    if call.exact:
+        for axis in (names.index(n) for n in kept):
+            call.freeze_indices(v, axis, "not finite where channels are zero")
     own = names if len(g.shape) == len(names) else kept
     return align(call, [(v, names), (g, own[: len(g.shape)])], names, call.shape)

@@ -63,7 +63,7 @@ def pointwise(call: Call) -> Labels:
     undefined: list[dict[int, bool]] = []
     keep = _zero_probe(call, [name for name, _ in tensors], undefined)
     labels = align(call, operands, names, call.shape, zero=keep)
-    for flags in undefined:
+    for flags in undefined if call.exact else ():
         for number in (n for n, zero in flags.items() if zero):
             call.freeze_all(tensors[number][1], "not finite where channels are zero")
     return replace(labels, uniform=all(value.uniform for _, value in tensors))
