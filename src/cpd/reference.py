@@ -54,8 +54,13 @@ class Reference(fx.Interpreter):
 
     def run_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the flat outputs for inputs of the traced shapes."""
+        with widened(self.dtype):
+            return super().run(*self.placed(args, kwargs), enable_io_processing=False)
+
+    def placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return what the graph's placeholders stand for: tensors, constants and inputs."""
         inputs = iter(torch.utils._pytree.tree_leaves((args, kwargs)))
-        values = []
+        values: list[Any] = []
         trace = self.groups.trace
         for node in trace.graph.nodes:
             if node.op != "placeholder":
@@ -66,8 +71,7 @@ class Reference(fx.Interpreter):
                 values.append(self._as_here(trace.constants[node.name]))
             else:
                 values.append(next(inputs))
-        with widened(self.dtype):
-            return super().run(*values, enable_io_processing=False)
+        return values
 
     def _as_here(self, constant: torch.Tensor) -> torch.Tensor:
         like = next((t for t in self.tensors.values() if t.is_floating_point()), None)
@@ -93,7 +97,8 @@ class Reference(fx.Interpreter):
         labels = self.labels.get(n)
         if not isinstance(labels, Labels) or not labels.layers or bool(value.isfinite().all()):
             return value
-        return torch.where(~self._mask(labels, value.shape) & ~value.isfinite(), 0.0, value)
+        dead = ~self._mask(labels, value.shape).to(value.device)
+        return torch.where(dead & ~value.isfinite(), 0.0, value)
 
     def _plain(self, n: fx.Node) -> Any:
         if "_assert" in str(n.target):
@@ -146,7 +151,7 @@ class Reference(fx.Interpreter):
     def _spread(self, value: torch.Tensor, labels: Labels) -> torch.Tensor:
         if not labels.layers:
             return value
-        full = torch.zeros(labels.shape, dtype=value.dtype)
+        full = torch.zeros(labels.shape, dtype=value.dtype, device=value.device)
         full[self._mask(labels, labels.shape)] = value.reshape(-1)
         return full
 

@@ -1,0 +1,270 @@
+"""Repair: what a cut takes away is made good by what stays, in closed form and without training.
+
+The network is run on calibration batches twice, node by node: whole, and with everything removed at
+zero. Where both begin to differ, the readers of removed channels are mended in the order of the
+graph, each from inputs that are mended already:
+
+- **shift**: a bias takes over the mean that its layer has lost;
+- **refit**: weights are fitted again so that the kept inputs give what all inputs gave;
+- **recalibrate**: the statistics of a batch norm move as those of its input have moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from .comb import comb
+from .errors import InputError
+from .groups import Groups
+from .labels import alive_mask
+from .plan import Plan
+from .planning import alive_of
+from .precision import widened
+from .reference import Reference
+from .refit import Fit, reads
+from .surgery import rebuild
+from .trace import Inputs, named_tensors, quiet_state, split_inputs
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """What is mended, and how; see `repair`."""
+
+    shift: bool = True
+    refit: bool = True
+    recalibrate: bool = True
+    damping: float = 0.01
+    rows: int = 16384
+
+
+def repair(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Inputs],
+    *,
+    shift: bool = True,
+    refit: bool = True,
+    recalibrate: bool = True,
+    damping: float = 0.01,
+    rows: int = 16384,
+) -> nn.Module:
+    r"""Return a copy of a network whose kept weights stand in for those that a plan removes.
+
+    The copy has the original's size: `cpd.cut(repaired, plan)` and `cpd.verify` take it as they
+    take the original. For a layer y = W x + b that reads removed channels, with x' the inputs as
+    they are without them and means over all samples and positions,
+
+        shift:        b' = b + E[y - (W x' + b)]
+        refit:        W' = W + E[(y - W x' - b) x'^T] (E[x' x'^T] + damping * mean diagonal * I)^-1
+        recalibrate:  mean' = mean + E[z'] - E[z],   var' = var * Var(z') / Var(z)
+
+    where refit takes covariances, E[. .] of centred values, if a bias or a batch norm takes the
+    means. Sources: shift as in "Variance-Based Pruning" (2025); refit is a ridge regression around
+    the weights there are, as in OBC (Frantar and Alistarh, NeurIPS 2022) and OSSCAR (Meng et al.,
+    ICML 2024), whose damping it takes.
+
+    Mended are linear layers, products with a weight, and convolutions of any kind; of transposed
+    convolutions the bias only. A weight that is used twice, or computed from others, stays.
+
+    Args:
+        model: the network the plan was made for; it is not changed, and is run in evaluation mode.
+        plan: what is going to be removed.
+        batches: inputs as the network takes them (a tensor, a tuple of arguments, a dict), all of
+            one shape. All of them together are held while the graph is walked.
+        shift, refit, recalibrate: what to do.
+        damping: how far the weights keep to what they were, over 0.
+        rows: samples times positions that a layer is refitted from, at most; drawn by a fixed seed.
+
+    Raises:
+        PlanMismatch: the plan was made for another model.
+        InputError: no batches, batches of different shapes, or a damping that is not over 0.
+    """
+    if not damping > 0:
+        raise InputError(f"damping must be over 0, got {damping!r}")
+    plan.check(model)
+    given = [split_inputs(batch) for batch in batches]
+    if not given:
+        raise InputError("no batch to repair with; is the loader empty or used up?")
+    if len({str(_shapes(batch)) for batch in given}) > 1:
+        raise InputError("batches to repair with must have one shape; drop the last, smaller one")
+    repairs = Repairs(shift, refit, recalibrate, damping, rows)
+    with torch.no_grad(), quiet_state():
+        groups = _groups_for(model, plan, given[0])
+        tensors = _Walk(model, groups, plan, given, repairs).run()
+    copy = rebuild(model, tensors, {})
+    for (_, made), (_, old) in zip(copy.named_modules(), model.named_modules(), strict=True):
+        made.training = old.training
+    return copy
+
+
+def _shapes(values: Any) -> list[Any]:
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves]
+
+
+def _groups_for(model: nn.Module, plan: Plan, given: tuple[Any, ...]) -> Groups:
+    """Return groups whose trace takes batches of this shape."""
+    found = plan.groups
+    if found is not None and _shapes(given) == _shapes((found.trace.args, found.trace.kwargs)):
+        return found
+    options = {key: plan.options[key] for key in ("exact", "unknown") if key in plan.options}
+    args, kwargs = given
+    return comb(model, kwargs or args, **options)
+
+
+class _Walk:
+    """Both networks, one node after the other, for all batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        plan: Plan,
+        batches: list[tuple[Any, ...]],
+        repairs: Repairs,
+    ) -> None:
+        self.groups, self.repairs = groups, repairs
+        self.trace = groups.trace
+        self.whole = {n: t.detach() for n, t in named_tensors(model)}
+        first = {n: self.whole[n] for n in dict.fromkeys(plan.aliases.values())}
+        of_ids = alive_of(groups, plan)[groups.units.label]
+        self.alive = {
+            name: torch.from_numpy(
+                np.broadcast_to(alive_mask(groups.labels[name], of_ids), tuple(tensor.shape)).copy()
+            ).to(tensor.device)
+            for name, tensor in first.items()
+        }
+        self.kept = {name: first[name] * self.alive[name].to(first[name].dtype) for name in first}
+        everything = np.ones(len(of_ids), bool)
+        self.big = [_begun(Reference(groups, everything, first), batch) for batch in batches]
+        self.small = [_begun(Reference(groups, of_ids, self.kept), batch) for batch in batches]
+        self.changed: set[str] = set()
+        self.uses = {
+            name: [node for node in self.trace.graph.nodes if self._reads(node, name)]
+            for name in first
+        }
+
+    def _reads(self, node: fx.Node, name: str) -> bool:
+        return any(self.trace.tensors.get(x.name) == name for x in node.all_input_nodes)
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Walk the graph; return the tensors that became other ones, at full size."""
+        with widened(self.big[0].dtype):
+            for node in self.trace.graph.nodes:
+                if node.op == "output":
+                    break
+                for interpreter in (*self.big, *self.small):
+                    interpreter.env[node] = interpreter.run_node(node)
+                if node.op == "call_function" and self._mend(node):
+                    for interpreter in self.small:
+                        interpreter.env[node] = interpreter.run_node(node)
+                for interpreter in (*self.big, *self.small):
+                    for gone in interpreter.user_to_last_uses.get(node, []):
+                        del interpreter.env[gone]
+        return {
+            name: torch.where(self.alive[name], self.kept[name], self.whole[name])
+            for name in sorted(self.changed)
+        }
+
+    def _mend(self, node: fx.Node) -> bool:
+        """Mend what a node reads with, where its inputs are other ones than before."""
+        schema = getattr(node.target, "_schema", None)
+        op = "" if schema is None else schema.name.rpartition("::")[2]
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return False
+        if op == "batch_norm" and self.repairs.recalibrate:
+            return self._recalibrate(node)
+        return self._refit(node, op)
+
+    def _same(self, source: fx.Node) -> bool:
+        """Whether a value is what it was in all batches."""
+        pairs = zip(self.big, self.small, strict=True)
+        return all(torch.equal(a.env[source], b.env[source]) for a, b in pairs)
+
+    def _own(self, node: fx.Node, value: Any) -> str | None:
+        """Return the name of a parameter or buffer that this node alone reads, as it is."""
+        name = self.trace.tensors.get(value.name) if isinstance(value, fx.Node) else None
+        return name if name is not None and self.uses[name] == [node] else None
+
+    def _recalibrate(self, node: fx.Node) -> bool:
+        mean, var = (self._own(node, value) for value in node.args[3:5])
+        if mean is None or var is None:
+            return False
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before = _moments([reference.env[source] for reference in self.big])
+        after = _moments([reference.env[source] for reference in self.small])
+        self._change(mean, self.kept[mean] + (after[0] - before[0]))
+        ratio = torch.where(before[1] > 0, after[1] / before[1].clamp_min(1e-30), 1)
+        self._change(var, self.kept[var] * ratio)
+        return True
+
+    def _refit(self, node: fx.Node, op: str) -> bool:
+        reader = reads(node, op)
+        held = None if reader is None else self.trace.tensors.get(reader.weight.name)
+        if reader is None or held is None or self._same(reader.source):
+            return False
+        weight, bias = self._own(node, reader.weight), self._own(node, reader.bias)
+        weight = weight if reader.fits and self.repairs.refit else None
+        bias = bias if self.repairs.shift else None
+        if weight is None and bias is None:
+            return False
+        free = self._is_normed(node) or bias is not None
+        fit = Fit(reader, self.kept[held], self.alive[held], centred=free)
+        share = self._share(node)
+        for big, small in zip(self.big, self.small, strict=True):
+            lost = big.env[node] - small.env[node]
+            fit.add(small.env[reader.source], lost, share)
+        change = None if weight is None else fit.solved(self.repairs.damping)
+        if weight is not None and change is not None:
+            self._change(weight, self.kept[weight] + change)
+        if bias is not None:
+            self._change(bias, self.kept[bias] + fit.shift(change))
+        return True
+
+    def _is_normed(self, node: fx.Node) -> bool:
+        """Whether a batch norm that is recalibrated takes what means there are."""
+        names = {
+            str(getattr(user.target, "_schema", None)).partition("(")[0] for user in node.users
+        }
+        normed = all(name.startswith("aten::batch_norm") for name in names)
+        return bool(names) and normed and self.repairs.recalibrate
+
+    def _share(self, node: fx.Node) -> float:
+        """Which share of all samples and positions a layer is refitted from."""
+        value = self.small[0].env[node]
+        width = max(value.shape[1] if value.ndim > 3 else value.shape[-1], 1)
+        return self.repairs.rows / (len(self.small) * value.numel() / width)
+
+    def _change(self, name: str, value: torch.Tensor) -> None:
+        """Write to a tensor of the smaller network, in place: every interpreter holds it."""
+        tensor = self.kept[name]
+        tensor.copy_(torch.where(self.alive[name], value.to(tensor.dtype), tensor))
+        self.changed.add(name)
+
+
+def _begun(reference: Reference, batch: tuple[Any, ...]) -> Reference:
+    """An interpreter that has its inputs."""
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, batch
+    )
+    reference.args_iter = iter(reference.placed(args, kwargs))
+    reference.env = {}
+    return reference
+
+
+def _moments(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel over samples and positions."""
+    flat = torch.cat([_by_channel(value) for value in values], 1)
+    return flat.mean(1), flat.var(1, correction=0)
+
+
+def _by_channel(value: torch.Tensor) -> torch.Tensor:
+    return value.transpose(0, 1).flatten(1).double()
