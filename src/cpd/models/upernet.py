@@ -59,12 +59,14 @@ CONFIGS = {
 class Backbone(nn.Module):
     """Images (N, 3, H, W) → the maps (N, C, H / patch, W / patch) after some of the blocks."""
 
+    body: Any
+
     def __init__(self, config: Config, in_chans: int) -> None:
         super().__init__()
         _torchvision.ensure()
         import timm
 
-        self.body: Any = timm.create_model(
+        self.body = timm.create_model(
             config.backbone,
             img_size=config.image_size,
             in_chans=in_chans,
