@@ -67,11 +67,16 @@ def test_targets(target: Any, shares: dict[str, float]) -> None:
         ({}, InputError, "target is empty"),
         (0.5, InputError, "target is 0.5; give a string"),
         ({"macs": None}, InputError, "target macs=None is not a number"),
+        ("macs=0.5, macs=0.4", InputError, "target names macs twice: 'macs=0.5, macs=0.4'"),
     ],
 )
 def test_targets_that_make_no_sense(target: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         parse_target(target, ("macs", "params"))
+
+
+def test_a_target_of_costs_that_are_not_known_yet() -> None:
+    assert parse_target("flops=0.5,macs=1") == {"flops": 0.5, "macs": 1.0}
 
 
 def test_several_targets_all_hold() -> None:

@@ -354,7 +354,7 @@ def test_two_processes_find_the_same_plan(tmp_path):
     ("changes", "text"),
     [
         ({"target": "macs=1.2"}, "at most 1"),
-        ({"target": "macs=0"}, "above 0"),
+        ({"target": "macs=0"}, "over 0 and at most 1"),
         ({"target": "macs"}, "not a number"),
         ({"target": 0.5}, "macs=0.5"),
         ({"target": "macs=0.5,macs=0.4"}, "twice"),

@@ -27,10 +27,15 @@ Strategy = Callable[[Candidates], Sequence[int]]
 RANKINGS = ("isomorphic", "global", "uniform")
 
 
-def parse_target(target: str | Mapping[str, float], costs: Sequence[str]) -> dict[str, float]:
+def parse_target(
+    target: str | Mapping[str, float], costs: Sequence[str] | None = None
+) -> dict[str, float]:
     """Return cost -> share of a target such as "macs=0.5", "macs=0.5,params=0.6" or a dict.
 
-    Raises `InputError` for shares that are not in (0, 1], `UnknownName` for unknown costs.
+    `costs`: the names that are known; any name where it is None.
+
+    Raises `InputError` for another form, a cost named twice and shares that are not in (0, 1],
+    `UnknownName` for unknown costs.
     """
     if isinstance(target, str):
         pairs: list[tuple[str, Any]] = [part.partition("=")[::2] for part in target.split(",")]
@@ -39,25 +44,29 @@ def parse_target(target: str | Mapping[str, float], costs: Sequence[str]) -> dic
     else:
         raise InputError(f'target is {target!r}; give a string like "macs=0.5" or a dict')
     shares: dict[str, float] = {}
-    for name, value in pairs:
-        name = str(name).strip()
-        if name not in costs:
+    for key, value in pairs:
+        name = str(key).strip()
+        if costs is not None and name not in costs:
             raise UnknownName("cost in the target", name, costs)
-        try:
-            share = float(value)
-        except (TypeError, ValueError):
-            raise InputError(
-                f'target {name}={value!r} is not a number; write "{name}=0.5"'
-            ) from None
-        if not 0 < share <= 1:
-            raise InputError(
-                f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
-                "(0.5 keeps half)"
-            )
-        shares[name] = share
+        if name in shares:
+            raise InputError(f"target names {name} twice: {target!r}; give each cost one share")
+        shares[name] = _share_left(name, value)
     if not shares:
         raise InputError('target is empty; give a string like "macs=0.5"')
     return shares
+
+
+def _share_left(name: str, value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f'target {name}={value!r} is not a number; write "{name}=0.5"') from error
+    if not 0 < share <= 1:
+        raise InputError(
+            f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
+            "(0.5 keeps half)"
+        )
+    return share
 
 
 def choose(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from cpd.choose import parse_target
 from cpd.distill import LoopOptions, TrainOptions, coerce
 from cpd.errors import InputError, UnknownName
 
@@ -134,7 +135,7 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is trained."""
-        shares(self.target)
+        parse_target(self.target)
         if isinstance(self.teacher, str) and self.teacher != "self":
             text = f"teacher must be 'self', a network or None, got {self.teacher!r}"
             raise InputError(text)
@@ -154,7 +155,7 @@ class CompressConfig:
         """Pruning events until the target."""
         if self.step is None:
             return self.events or 10
-        most = max(1 - share for share in shares(self.target).values())
+        most = max(1 - share for share in parse_target(self.target).values())
         return max(1, math.ceil(most / self.step - 1e-9))
 
     @property
@@ -166,7 +167,7 @@ class CompressConfig:
     def target_at(self, event: int) -> dict[str, float]:
         """The target of an event (from 1): on a straight line from 1 to the final one."""
         done = event / self.count
-        return {cost: 1 - (1 - share) * done for cost, share in shares(self.target).items()}
+        return {cost: 1 - (1 - share) * done for cost, share in parse_target(self.target).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it; objects by their name."""
@@ -184,37 +185,6 @@ def _bench(values: Mapping[str, Any]) -> BenchOptions:
         if name not in valid:
             raise UnknownName("key of bench", name, valid)
     return BenchOptions(**values)
-
-
-def shares(target: Any) -> dict[str, float]:
-    """Cost → share of a target: "macs=0.5", "macs=0.5,params=0.6", or a mapping.
-
-    Raises:
-        InputError: another form, or a share that is not above 0 and at most 1.
-    """
-    if isinstance(target, str):
-        pairs = [part.partition("=")[::2] for part in target.split(",")]
-    elif isinstance(target, Mapping) and target:
-        pairs = [(str(cost), share) for cost, share in target.items()]
-    else:
-        raise InputError(f'target must be like "macs=0.5" or a mapping of costs, got {target!r}')
-    found = {cost.strip(): _share(cost.strip(), value) for cost, value in pairs}
-    if len(found) < len(pairs):
-        raise InputError(f"target names a cost twice: {target!r}")
-    return found
-
-
-def _share(cost: str, value: Any) -> float:
-    try:
-        share = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f'target {cost}={value!r} is not a number; write "macs=0.5"') from error
-    if not 0 < share <= 1:
-        raise InputError(
-            f"target {cost}={share:g} must be above 0 and at most 1: the share of the unpruned "
-            "network's cost that is left"
-        )
-    return share
 
 
 def plain(value: Any) -> Any:
