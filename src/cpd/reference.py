@@ -117,6 +117,9 @@ class Reference(fx.Interpreter):
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             args, kwargs = torch.utils._pytree.tree_map(self._typed, (args, kwargs))
+            query = step.args.get("query")
+            if isinstance(query, Labels) and step.args.get("scale") is None:
+                kwargs = {**kwargs, "scale": query.shape[-1] ** -0.5}  # that of all head dims
             flat = list(args)
             names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
             for position, node in enumerate(n.args):
