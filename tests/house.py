@@ -115,6 +115,7 @@ PUBLIC = {
     "load",
     "mask",
     "prune",
+    "repair",
     "save",
     "verify",
 }

@@ -38,6 +38,7 @@ from .groups import CouplingGroup, Groups
 from .mask import mask
 from .plan import Plan
 from .prune import prune
+from .repair import repair
 from .report import Report
 from .verify import Proof, verify
 
@@ -73,6 +74,7 @@ __all__ = [
     "load",
     "mask",
     "prune",
+    "repair",
     "save",
     "verify",
 ]

@@ -351,6 +351,22 @@ def test_statistics_without_a_layer_are_those_of_white_inputs() -> None:
     torch.testing.assert_close(found, model.w.detach().square().sum(1))
 
 
+def test_score_shows_one_forward_pass_in_evaluation_mode() -> None:
+    """Where there are inputs; also through layers that PyTorch would fuse then."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model, x = nn.Sequential(layer, nn.Linear(8, 3)).train(), torch.randn(4, 5, 8)
+    groups = cpd.comb(model, x)
+    found = score("variance", model, groups, x)["0.linear1"]
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    kept: list[torch.Tensor] = []
+    handle = layer.linear2.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    model.eval()(x)
+    handle.remove()
+    wanted = kept[0].detach().double().var((0, 1), correction=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
 def test_aggregates_and_normalisers() -> None:
     model, x, groups = two()
     squared(model, x).backward()

@@ -9,7 +9,8 @@ from torch import nn
 
 from .._shelf import build, one
 from ..groups import Groups
-from ._collect import Loss, collected
+from ..trace import Inputs
+from ._collect import Loss, collected, run_on
 from ._normalise import normaliser
 from .activation import activation
 from .base import Accumulated, Importance, Scores, Sums, is_importance
@@ -69,11 +70,17 @@ def resolve(spec: Any) -> Importance:
     return made
 
 
-def score(spec: Any, model: nn.Module, groups: Groups) -> Scores:
-    """Return the scores of one observation: of the weights and gradients as they are now."""
+def score(spec: Any, model: nn.Module, groups: Groups, inputs: Inputs | None = None) -> Scores:
+    """Return the scores of one observation: of the weights and gradients as they are now.
+
+    `inputs`: a tensor, a tuple of arguments or a dict; an importance of activations is shown one
+    forward pass on them, in evaluation mode.
+    """
     importance = resolve(spec)
     importance.start(model, groups)
     try:
+        if inputs is not None and getattr(importance, "needs_forward", False):
+            run_on(model, inputs)
         importance.observe()
         return importance.scores()
     finally:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..groups import Groups
+from ..trace import Inputs, quiet_state, split_inputs
 from .base import Importance, Scores
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -48,6 +49,19 @@ def _pass(importance: Importance, loss: Loss, model: nn.Module, batch: Any) -> N
         value.backward()
 
 
+def run_on(model: nn.Module, inputs: Inputs) -> None:
+    """Run a model once in evaluation mode, without gradients; nothing on it changes."""
+    args, kwargs = split_inputs(inputs)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), quiet_state():
+            model(*args, **kwargs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Give back gradients, buffers and the random state."""
@@ -56,10 +70,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     for parameter, _ in gradients:
         parameter.grad = None
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers inside
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

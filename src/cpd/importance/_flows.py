@@ -36,6 +36,8 @@ class Flows(Watching):
     that evaluations in between do not.
     """
 
+    needs_forward = True
+
     def __init__(self, statistic: str) -> None:
         super().__init__()
         self.statistic = statistic

@@ -22,7 +22,8 @@ class Importance(Protocol):
     `start` may attach hooks; `observe` is called after every backward pass, before the gradients
     go; `scores` returns what has come together since `start` or `reset`, one float64 vector for
     each group; `close` removes the hooks. `state`/`load_state` carry the sums through a checkpoint.
-    One that has `before_backward(loss)` is also shown every loss before its backward pass.
+    One that has `before_backward(loss)` is also shown every loss before its backward pass; one that
+    has a true `needs_forward` reads forward passes alone.
     """
 
     needs_gradient: bool

@@ -1,0 +1,299 @@
+"""Repair: exact where it can be, better where it cannot, for every kind of reader."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cpd
+from cpd.data.digits import digits
+from cpd.errors import InputError, PlanMismatch
+from importance.networks import NETWORKS, combed, images, network
+
+
+def chosen(groups: cpd.Groups, share: float = 0.5, seed: int = 0, **options: Any) -> cpd.Plan:
+    scores = {"random": {"seed": seed}}
+    return cpd.choose(
+        groups, cpd.importance.score(scores, groups.model, groups), {"params": share},
+        unreachable="closest", **options,
+    )  # fmt: skip
+
+
+class Reading(nn.Module):
+    """A layer of 8 channels, of which some repeat others, and one reader of them."""
+
+    def __init__(self, reader: nn.Module, space: int) -> None:
+        super().__init__()
+        kind = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[space]
+        self.make = kind(3, 8, *([1] if space else []))
+        self.read = reader
+        with torch.no_grad():
+            self.make.weight[4:] = self.make.weight[:4] * 2
+            self.make.bias[4:] = self.make.bias[:4] * 2  # behind a ReLU: twice the channel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(F.relu(self.make(x)))
+
+
+class Product(nn.Module):
+    """x @ W with a parameter of its own, and addmm: a weight's columns are its outputs."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 5))
+        self.bias = nn.Parameter(torch.randn(5)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return x @ self.weight
+        return torch.addmm(self.bias, x.reshape(-1, 8), self.weight)
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(8, 5), 0, (7, 3)),
+    "linear of tokens": (lambda: nn.Linear(8, 5, bias=False), 0, (7, 4, 3)),
+    "matmul": (lambda: Product(False), 0, (7, 4, 3)),
+    "addmm": (lambda: Product(True), 0, (7, 4, 3)),
+    "conv1d": (lambda: nn.Conv1d(8, 5, 3, padding=1, stride=2), 1, (7, 3, 9)),
+    "conv2d": (lambda: nn.Conv2d(8, 6, (3, 2), padding=(2, 1), dilation=(2, 1)), 2, (7, 3, 6, 6)),
+    "conv2d same": (lambda: nn.Conv2d(8, 6, (3, 4), padding="same"), 2, (7, 3, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(8, 5, 2), 3, (7, 3, 3, 4, 3)),
+}
+
+
+def without_twins(groups: cpd.Groups) -> cpd.Plan:
+    """The plan that removes the channels 4 to 7, which repeat 0 to 3."""
+    (group,) = groups
+    scores = {group.name: torch.arange(group.size, 0, -1, dtype=torch.float64)}
+    return cpd.choose(groups, scores, {"params": 0.01}, min_keep=0.5, unreachable="closest")
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_channels_that_others_can_stand_for_are_not_missed(kind: str) -> None:
+    """Half of the channels are twins of the others: with them removed, refitting loses nothing."""
+    make, space, shape = READERS[kind]
+    model, x = Reading(make(), space).double(), torch.randn(shape, dtype=torch.float64)
+    plan = without_twins(cpd.comb(model, x))
+    repaired = cpd.repair(model, plan, [x], damping=1e-9)
+    small = cpd.cut(repaired, plan)
+    wanted = model(x).detach()
+    assert (cpd.cut(model, plan)(x) - wanted).abs().max() > 0.1 * wanted.abs().max()
+    assert (small(x) - wanted).abs().max() < 1e-6 * wanted.abs().max()
+    fresh = torch.randn_like(x)
+    assert (small(fresh) - model(fresh)).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_refit_is_the_ridge_regression_of_the_formula() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    x = torch.randn(40, 3, dtype=torch.float64)
+    plan = chosen(cpd.comb(model, x), 0.6)
+    keep = plan.masks()["0.bias"]
+    h = torch.relu(model[0](x)).detach()
+    weight, bias = model[2].weight.detach(), model[2].bias.detach()
+    lost = h @ weight.t() - h[:, keep] @ weight[:, keep].t()
+    read = h[:, keep] - h[:, keep].mean(0)
+    gram = read.t() @ read / 40
+    ridge = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram)).double()
+    change = torch.linalg.solve(ridge, read.t() @ (lost - lost.mean(0)) / 40).t()
+    repaired = cpd.repair(model, plan, x.split(20))
+    torch.testing.assert_close(repaired[2].weight[:, keep].detach(), weight[:, keep] + change)
+    shift = lost.mean(0) - change @ h[:, keep].mean(0)
+    torch.testing.assert_close(repaired[2].bias.detach(), bias + shift)
+    shifted = cpd.repair(model, plan, [x], refit=False)
+    torch.testing.assert_close(shifted[2].bias.detach(), bias + lost.mean(0))
+    assert torch.equal(shifted[2].weight, model[2].weight)
+
+
+def test_shift_keeps_the_mean_of_every_output() -> None:
+    """Also that of a transposed convolution, whose weights stay."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2)).double()
+    x = images(5)
+    plan = chosen(cpd.comb(model, x), 0.6)
+    small = cpd.cut(cpd.repair(model, plan, [x]), plan)
+    torch.testing.assert_close(small(x).mean((0, 2, 3)), model(x).mean((0, 2, 3)))
+    keep = plan.masks()["2.weight"]
+    assert torch.equal(small[2].weight.flatten(), model[2].weight[keep])
+
+
+def test_recalibration_gives_a_norm_the_statistics_of_its_input() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+    ).double()
+    x = images(30)
+    with torch.no_grad():
+        model[3].momentum = 1.0
+        model.train()(x)
+        model.eval()
+    plan = chosen(cpd.comb(model, x), 0.6)
+    small = cpd.cut(cpd.repair(model, plan, [x[:10], x[10:20], x[20:]], refit=False), plan)
+    out = small(x)
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(6).double(), atol=1e-9, rtol=0)
+    variance = out.var((0, 2, 3), correction=0)
+    assert (variance - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_network_comes_nearer_to_what_it_was(kind: str, seed: int) -> None:
+    """Convolutions of all kinds, norms, attention: on inputs that repair has not seen."""
+    model, plan = network(kind, seed), chosen(combed(kind), 0.5, seed)
+    batches = [images(32, seed=k) for k in range(10, 18)]
+    x = images(64, seed=5)
+    repaired = cpd.repair(model, plan, batches)
+    small = cpd.cut(repaired, plan)
+    assert cpd.verify(repaired, small, plan, x[:2])
+
+    def away(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net(x) - model(x)).square().mean())
+
+    assert away(small) < 0.6 * away(cpd.cut(model, plan))
+
+
+def trained(seed: int, train: Any) -> nn.Module:
+    """A residual network with norms, a few epochs on digits."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int, groups: int) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False, groups=groups)
+            self.b = nn.Conv2d(2 * width, width, 1, bias=False)
+            self.n, self.m = nn.BatchNorm2d(2 * width), nn.BatchNorm2d(width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x + self.m(self.b(F.relu(self.n(self.a(x))))))
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3, stride=2, padding=1), nn.ReLU(), Block(12, 1),
+        nn.Conv2d(12, 24, 2, stride=2), nn.ReLU(), Block(24, 4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    inputs, targets = train
+    for _ in range(6):
+        for index in torch.randperm(len(inputs)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[index]), targets[index]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def samples(part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, targets = zip(*(part[k] for k in range(len(part))), strict=True)
+    return torch.stack(inputs), torch.tensor(targets)
+
+
+def test_half_of_a_trained_network_is_won_back_without_training() -> None:
+    """On digits: what is cut away is near chance, what is repaired is near what it was."""
+    data = digits(16)
+    train, (inputs, targets) = samples(data.train), samples(data.test)
+
+    def accuracy(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net(inputs).argmax(1) == targets).double().mean())
+
+    found = []
+    for seed in range(3):
+        model = trained(seed, train)
+        groups = cpd.comb(model, inputs[:2])
+        plan = cpd.choose(groups, cpd.importance.score("magnitude", model, groups), "macs=0.5")
+        repaired = cpd.repair(model, plan, train[0][:256].split(64))
+        nets = (model, cpd.cut(model, plan, verify=False), cpd.cut(repaired, plan, verify=False))
+        found.append([accuracy(net) for net in nets])
+    whole, cut, mended = torch.tensor(found).T
+    assert (mended > cut + 0.2).all(), found
+    assert (mended - cut).mean() > 0.4, found
+    assert mended.mean() > 0.8 * whole.mean(), found
+
+
+def test_nothing_changes_where_nothing_goes_or_can_be_mended() -> None:
+    """An empty plan; a weight used twice; one computed from others; and what is removed."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+            self.scale = nn.Parameter(torch.rand(2, 1) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(self.b(torch.relu(self.b(self.a(x)))))
+            return F.linear(h, self.c.weight * self.scale)
+
+    model, x = Shared().double(), torch.randn(9, 3).double()
+    groups = cpd.comb(model, x)
+    nothing = cpd.choose(groups, {g.name: torch.ones(g.size) for g in groups}, "params=1.0")
+    plan = chosen(groups)
+    for made in (cpd.repair(model, nothing, [x]), cpd.repair(model, plan, [x])):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, made.state_dict()[name]), name
+    assert chosen(groups).masks()
+
+
+def test_the_model_given_is_left_alone() -> None:
+    model = network("residual").train()
+    model.bn1.eval()
+    groups = combed("residual")
+    plan, before = chosen(groups), copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    batches = [images(4)]
+    made = cpd.repair(model, plan, batches)
+    assert torch.equal(batches[0], images(4))
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    assert [m.training for m in made.modules()] == [m.training for m in model.modules()]
+    assert type(made) is type(model)
+    masks = plan.masks()
+    for name, tensor in made.state_dict().items():  # what goes is as it was
+        if name in masks:
+            assert torch.equal(tensor[~masks[name]], before[name][~masks[name]])
+    again = cpd.repair(model, plan, batches)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in made.state_dict().items())
+
+
+def test_few_rows_are_drawn_where_there_are_many() -> None:
+    model = Reading(nn.Conv2d(8, 5, 3), 2).double()
+    x = torch.randn(20, 3, 12, 12, dtype=torch.float64)
+    plan = without_twins(cpd.comb(model, x))
+    small = cpd.cut(cpd.repair(model, plan, [x], damping=1e-9, rows=300), plan)
+    assert (small(x) - model(x)).abs().max() < 1e-5
+
+
+def test_a_plan_from_json_and_batches_of_another_size() -> None:
+    model, plan = network("residual"), chosen(combed("residual"))
+    again = cpd.Plan.from_json(plan.to_json())
+    made = [cpd.repair(model, p, [images(4)]).state_dict() for p in (plan, again)]
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(tensor, made[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_prune_repairs() -> None:
+    model = network("layer")
+    options: Any = {"importance": "variance", "target": "macs=0.6"}
+    small, plan = cpd.prune(model, images(6), repair=[images(32)], **options)
+    plain, same = cpd.prune(model, images(6), **options)
+    assert plan == same
+    repaired = cpd.repair(model, plan, [images(32)])
+    assert cpd.verify(repaired, small, plan)
+    x = images(32, seed=9)
+    with torch.no_grad():
+        lost = [float((net(x) - model(x)).square().mean()) for net in (small, plain)]
+    assert lost[0] < 0.7 * lost[1]
+
+
+def test_bad_input() -> None:
+    model, plan = network("residual"), chosen(combed("residual"))
+    with pytest.raises(InputError, match="no batch to repair with"):
+        cpd.repair(model, plan, [])
+    with pytest.raises(InputError, match="must have one shape"):
+        cpd.repair(model, plan, [images(4), images(3)])
+    with pytest.raises(InputError, match="damping must be over 0, got 0"):
+        cpd.repair(model, plan, [images(4)], damping=0)
+    with pytest.raises(PlanMismatch):
+        cpd.repair(network("tokens"), plan, [images(4)])
