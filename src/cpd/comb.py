@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
-from .channels import Ids, Reason, components
+from .channels import Ids, components
 from .errors import InputError, TraceError, UnknownName
 from .graph import Pinned, Reader, Terms
-from .groups import CouplingGroup, Frozen, Groups
+from .groups import CouplingGroup, Groups, frozen_axes
 from .kinds import attended, named_families
 from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
@@ -27,8 +27,6 @@ from .sizes import find_sites
 from .trace import Inputs, Trace, location, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
 from .units import Family, Units, solve
-
-_KEEPS_STEP = Reason("must keep step with channels that cannot go")
 
 
 def comb(
@@ -272,7 +270,7 @@ def finish(groups: Groups) -> Groups:
         classes = np.unique(np.concatenate([closures[k] for k in mine]))
         made.append((classes, tuple(families[k] for k in mine)))
     groups.groups = _named(groups, made)
-    groups.frozen = tuple(_frozen(groups, closures))
+    groups.frozen = tuple(frozen_axes(groups, closures))
     return groups
 
 
@@ -382,20 +380,3 @@ def _layer_kinds(
             if number >= 0:
                 keys[number].append(key)
     return [tuple(sorted(key)) for key in keys]
-
-
-def _frozen(groups: Groups, closures: list[Ids]) -> Iterable[Frozen]:
-    """List every axis with indices that no unit removes, once for each reason."""
-    units = groups.units
-    movable = np.zeros(units.count, bool)
-    for closure in closures:
-        movable[closure] = True
-    parameters = {name for name, _ in groups.model.named_parameters()}
-    why = np.where(units.frozen >= 0, units.frozen, units.held)
-    for _, tensor, layer, classes in _layers(groups):
-        stuck = ~movable[classes]
-        for number in np.unique(why[classes[stuck]]).tolist() if tensor in parameters else ():
-            mine = (stuck & (why[classes] == number)).reshape(-1, classes.shape[-1]).any(0)
-            cause = units.reasons[number] if number >= 0 else _KEEPS_STEP
-            at, count = cause.place, int(mine.sum())
-            yield Frozen(tensor, layer.owner, cause.text, count, at.op, at.path, at.source)

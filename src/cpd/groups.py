@@ -260,6 +260,7 @@ class Groups:
         return "\n".join(lines)
 
 
+_KEEPS_STEP = Reason("must keep step with channels that cannot go")
 _HEAD = ("group", "units", "tensors", "params", "MACs")
 _PLACES = 3  # lines of code for one reason; `Groups.kept` has all
 
@@ -280,6 +281,27 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
         "  " + "  ".join(x.ljust(w) if k < 2 else x.rjust(w) for k, (x, w) in enumerate(cells))
         for cells in (list(zip(row, wide, strict=True)) for row in rows)
     ]
+
+
+def frozen_axes(groups: Groups, closures: Iterable[Ids]) -> Iterator[Frozen]:
+    """List every axis with indices that no unit removes, once for each reason.
+
+    `closures`: the classes that go with the units of each family.
+    """
+    units = groups.units
+    movable = np.zeros(units.count, bool)
+    for closure in closures:
+        movable[closure] = True
+    parameters = {name for name, _ in groups.model.named_parameters()}
+    why = np.where(units.frozen >= 0, units.frozen, units.held)
+    for tensor, layer in ((t, x) for t in groups.labels for x in groups.labels[t].layers):
+        classes = units.label[layer.ids]
+        stuck = ~movable[classes]
+        for number in np.unique(why[classes[stuck]]).tolist() if tensor in parameters else ():
+            mine = (stuck & (why[classes] == number)).reshape(-1, classes.shape[-1]).any(0)
+            cause = units.reasons[number] if number >= 0 else _KEEPS_STEP
+            at, count = cause.place, int(mine.sum())
+            yield Frozen(tensor, layer.owner, cause.text, count, at.op, at.path, at.source)
 
 
 def joined_kinds(families: Iterable[tuple[int, str]]) -> str:
