@@ -382,10 +382,12 @@ def _share(clusters: Iterable[Ids]) -> bool:
 def _equal_rows(
     rows: Ids, blocks: Ids, block_of: dict[bytes, int], edges: list[tuple[int, int]]
 ) -> None:
-    single = rows[:, 0] == rows[:, -1]
-    for row, block, one in zip(rows, blocks.tolist(), single.tolist(), strict=True):
-        if one and int(row[0]) != block:
-            edges.append((int(row[0]), block))
-        found = block_of.setdefault(row.tobytes(), block)
+    first = np.ones(rows.shape, bool)
+    first[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    for row, new, block in zip(rows, first, blocks.tolist(), strict=True):
+        items = row[new]  # how often an item is there makes no other row
+        if len(items) == 1 and int(items[0]) != block:
+            edges.append((int(items[0]), block))
+        found = block_of.setdefault(items.tobytes(), block)
         if found != block:
             edges.append((found, block))
