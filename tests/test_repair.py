@@ -13,7 +13,7 @@ from torch import nn
 
 import cpd
 from cpd.data.digits import digits
-from cpd.errors import InputError, PlanMismatch
+from cpd.errors import InputError, PlanMismatch, UnknownName
 from importance.networks import NETWORKS, combed, images, network
 
 
@@ -105,7 +105,7 @@ def test_refit_is_the_ridge_regression_of_the_formula() -> None:
     torch.testing.assert_close(repaired[2].weight[:, keep].detach(), weight[:, keep] + change)
     shift = lost.mean(0) - change @ h[:, keep].mean(0)
     torch.testing.assert_close(repaired[2].bias.detach(), bias + shift)
-    shifted = cpd.repair(model, plan, [x], refit=False)
+    shifted = cpd.repair(model, plan, [x], steps=["shift"])
     torch.testing.assert_close(shifted[2].bias.detach(), bias + lost.mean(0))
     assert torch.equal(shifted[2].weight, model[2].weight)
 
@@ -131,7 +131,9 @@ def test_recalibration_gives_a_norm_the_statistics_of_its_input() -> None:
         model.train()(x)
         model.eval()
     plan = chosen(cpd.comb(model, x), 0.6)
-    small = cpd.cut(cpd.repair(model, plan, [x[:10], x[10:20], x[20:]], refit=False), plan)
+    small = cpd.cut(
+        cpd.repair(model, plan, [x[:10], x[10:20], x[20:]], steps=["shift", "recalibrate"]), plan
+    )
     out = small(x)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(6).double(), atol=1e-9, rtol=0)
     variance = out.var((0, 2, 3), correction=0)
@@ -295,5 +297,7 @@ def test_bad_input() -> None:
         cpd.repair(model, plan, [images(4), images(3)])
     with pytest.raises(InputError, match="damping must be over 0, got 0"):
         cpd.repair(model, plan, [images(4)], damping=0)
+    with pytest.raises(UnknownName, match="unknown step of repair 'shifts'; did you mean 'shift'"):
+        cpd.repair(model, plan, [images(4)], steps=["shifts"])
     with pytest.raises(PlanMismatch):
         cpd.repair(network("tokens"), plan, [images(4)])

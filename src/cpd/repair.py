@@ -11,7 +11,7 @@ graph, each from inputs that are mended already:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from .comb import comb
-from .errors import InputError
+from .errors import InputError, UnknownName
 from .groups import Groups
 from .labels import alive_mask
 from .plan import Plan
@@ -31,16 +31,16 @@ from .refit import Fit, reads
 from .surgery import rebuild
 from .trace import Inputs, named_tensors, quiet_state, split_inputs
 
+STEPS = ("shift", "refit", "recalibrate")
+
 
 @dataclass(frozen=True)
 class Repairs:
     """What is mended, and how; see `repair`."""
 
-    shift: bool = True
-    refit: bool = True
-    recalibrate: bool = True
-    damping: float = 0.01
-    rows: int = 16384
+    steps: tuple[str, ...]
+    damping: float
+    rows: int
 
 
 def repair(
@@ -48,9 +48,7 @@ def repair(
     plan: Plan,
     batches: Iterable[Inputs],
     *,
-    shift: bool = True,
-    refit: bool = True,
-    recalibrate: bool = True,
+    steps: Collection[str] = STEPS,
     damping: float = 0.01,
     rows: int = 16384,
 ) -> nn.Module:
@@ -77,14 +75,18 @@ def repair(
         plan: what is going to be removed.
         batches: inputs as the network takes them (a tensor, a tuple of arguments, a dict), all of
             one shape. All of them together are held while the graph is walked.
-        shift, refit, recalibrate: what to do.
+        steps: which of "shift", "refit" and "recalibrate" to do.
         damping: how far the weights keep to what they were, over 0.
         rows: samples times positions that a layer is refitted from, at most; drawn by a fixed seed.
 
     Raises:
         PlanMismatch: the plan was made for another model.
+        UnknownName: a step that there is not.
         InputError: no batches, batches of different shapes, or a damping that is not over 0.
     """
+    for step in steps:
+        if step not in STEPS:
+            raise UnknownName("step of repair", step, STEPS)
     if not damping > 0:
         raise InputError(f"damping must be over 0, got {damping!r}")
     plan.check(model)
@@ -93,7 +95,7 @@ def repair(
         raise InputError("no batch to repair with; is the loader empty or used up?")
     if len({str(_shapes(batch)) for batch in given}) > 1:
         raise InputError("batches to repair with must have one shape; drop the last, smaller one")
-    repairs = Repairs(shift, refit, recalibrate, damping, rows)
+    repairs = Repairs(tuple(steps), damping, rows)
     with torch.no_grad(), quiet_state():
         groups = _groups_for(model, plan, given[0])
         tensors = _Walk(model, groups, plan, given, repairs).run()
@@ -157,20 +159,24 @@ class _Walk:
         """Walk the graph; return the tensors that became other ones, at full size."""
         with widened(self.big[0].dtype):
             for node in self.trace.graph.nodes:
-                if node.op == "output":
-                    break
-                for interpreter in (*self.big, *self.small):
-                    interpreter.env[node] = interpreter.run_node(node)
-                if node.op == "call_function" and self._mend(node):
-                    for interpreter in self.small:
-                        interpreter.env[node] = interpreter.run_node(node)
-                for interpreter in (*self.big, *self.small):
-                    for gone in interpreter.user_to_last_uses.get(node, []):
-                        del interpreter.env[gone]
+                if node.op != "output":
+                    self._step(node)
         return {
             name: torch.where(self.alive[name], self.kept[name], self.whole[name])
             for name in sorted(self.changed)
         }
+
+    def _step(self, node: fx.Node) -> None:
+        """Run a node in all networks, mended where it has to be; forget what none needs again."""
+        both = (*self.big, *self.small)
+        for interpreter in both:
+            interpreter.env[node] = interpreter.run_node(node)
+        if node.op == "call_function" and self._mend(node):
+            for interpreter in self.small:
+                interpreter.env[node] = interpreter.run_node(node)
+        for interpreter in both:
+            for gone in interpreter.user_to_last_uses.get(node, []):
+                del interpreter.env[gone]
 
     def _mend(self, node: fx.Node) -> bool:
         """Mend what a node reads with, where its inputs are other ones than before."""
@@ -179,7 +185,7 @@ class _Walk:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             return False
-        if op == "batch_norm" and self.repairs.recalibrate:
+        if op == "batch_norm" and "recalibrate" in self.repairs.steps:
             return self._recalibrate(node)
         return self._refit(node, op)
 
@@ -212,8 +218,8 @@ class _Walk:
         if reader is None or held is None or self._same(reader.source):
             return False
         weight, bias = self._own(node, reader.weight), self._own(node, reader.bias)
-        weight = weight if reader.fits and self.repairs.refit else None
-        bias = bias if self.repairs.shift else None
+        weight = weight if reader.fits and "refit" in self.repairs.steps else None
+        bias = bias if "shift" in self.repairs.steps else None
         if weight is None and bias is None:
             return False
         free = self._is_normed(node) or bias is not None
@@ -235,7 +241,7 @@ class _Walk:
             str(getattr(user.target, "_schema", None)).partition("(")[0] for user in node.users
         }
         normed = all(name.startswith("aten::batch_norm") for name in names)
-        return bool(names) and normed and self.repairs.recalibrate
+        return bool(names) and normed and "recalibrate" in self.repairs.steps
 
     def _share(self, node: fx.Node) -> float:
         """Which share of all samples and positions a layer is refitted from."""

@@ -141,19 +141,17 @@ def _find_scales(groups: Groups) -> Iterator[str]:
     parameters = {name for name, _ in groups.model.named_parameters()}
     for node in groups.trace.graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        op = "" if schema is None else schema.name.rpartition("::")[2]
+        op = "" if schema is None else schema.name.rpartition("::")[2].rstrip("_")
         inputs = [named.get(x.name) if isinstance(x, fx.Node) else None for x in node.args]
+        held = [name for name in inputs if name is not None and name in parameters]
         if op.startswith(NORMS):
-            affine = [name for name in inputs[1:] if name is not None and name in parameters]
-            yield from affine[:1]
-        elif op.rstrip("_") == "mul" and any(
-            isinstance(x, fx.Node) and x.name not in named for x in node.args
-        ):
-            for name in inputs:
-                shape = groups.trace.shapes.get(name or "", ())
-                if name in parameters and sum(length > 1 for length in shape) == 1:
-                    assert name is not None
-                    yield name
+            yield from held[:1]  # the weight comes before the bias
+        elif op == "mul" and any(isinstance(x, fx.Node) and x.name not in named for x in node.args):
+            yield from (name for name in held if _axes(groups.trace.shapes[name]) == 1)
+
+
+def _axes(shape: tuple[int, ...]) -> int:
+    return sum(length > 1 for length in shape)
 
 
 def mask_gradient(members: Sequence[Member], tensors: Tensors, size: int) -> torch.Tensor:

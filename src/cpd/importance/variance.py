@@ -14,7 +14,7 @@ def variance(*, weighted: bool = False) -> Importance:
     """Var(a_c) over samples and positions, where channel c is read: behind its activation function.
 
     A channel that is nearly constant can go at little cost, since its mean folds into the next bias
-    (`cpd.repair`). Source: "Variance-Based Pruning" (2025), for the hidden units of transformers.
+    (`cpd.repair`). Source: "Variance-Based Pruning" (2025), for hidden units in attention networks.
     `weighted`: times the squared norm of the weights that read it, Var(a_c) * ‖W_:c‖²: the power
     that goes missing; source: An et al., "Fluctuation-based Adaptive Structured Pruning" (AAAI
     2024). Mean over readers; channels that no layer reads are taken where they are made.
