@@ -318,7 +318,8 @@ class _Solver:
         for bound in tied:
             assert bound.columns is not None
             taken |= set(bound.items.ravel().tolist()) | set(bound.columns.tolist())
-            clusters[np.sort(bound.columns).tobytes()] = bound.columns
+            several = np.array(list(dict.fromkeys(bound.columns.tolist())), np.int64)
+            clusters[np.sort(several).tobytes()] = several
         in_ties = {int(item) for bound in tied for item in bound.items.ravel()}
         whole = False
         for row in (row for bound in bounds for row in bound.items):

@@ -54,24 +54,21 @@ def _joined(call: Call, tensors: list[Labels], axis: int) -> Layer:
 
 
 def _joined_rows(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> Layer | None:
-    """Concatenate coupled axes: whole rows stay together, the parts keep their widths."""
-    rows: list[Layer] = []
-    for layer in (e for x in tensors for e in x.layers if axis in e.axes):
-        if layer.owner != axis:
-            call.freeze(layer.ids, "concatenated along an outer axis")
-        elif len(layer.axes) == 1:
-            call.freeze(layer.ids, "concatenated with coupled rows")
-        else:
-            call.channels.freeze_inner(layer.ids, "concatenated inside coupled rows")
-            rows.append(Layer(layer.axes[:-1], call.channels.rows(layer.ids), zero=False))
-    same = len({e.axes for e in rows}) == 1 and len(rows) == len(tensors)
-    if not same or len(rows[0].axes) > 1 or rest.owned(rows[0].owner) is not None:
-        for e in rows:
-            call.freeze(e.ids, "concatenated with rows of fixed number")
+    """Concatenate coupled axes: whole rows stay together, and each is a row of the parts' rows."""
+    found = [e for x in tensors for e in x.layers if axis in e.axes]
+    outer = found[0].axes[:-1]
+    same = all(e.owner == axis and e.axes[:-1] == outer for e in found)
+    if not same or not outer or len(found) != len(tensors) or rest.owned(outer[-1]) is not None:
+        for e in found:
+            call.freeze(e.ids, "concatenated with rows of another kind")
         return None
-    for e in rows[1:]:
-        call.channels.unite(rows[0].ids, e.ids)
-    return rows[0]
+    rows = [call.channels.rows(e.ids) for e in found]
+    for other in rows[1:]:
+        call.channels.unite(rows[0], other)
+    ids = np.concatenate([e.ids for e in found], axis=-1)
+    call.channels.nest(ids)
+    call.channels.unite(call.channels.rows(ids), rows[0])
+    return Layer(found[0].axes, ids, all(e.zero for e in found))
 
 
 @rule("stack")
