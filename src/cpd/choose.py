@@ -169,25 +169,29 @@ def _shortest(
             high = middle
         else:
             low = middle + 1
-    return _given_back(found, order, gone_at, high, meets), True
+    return _given_back(found, order, before, high, meets), True
 
 
 def _given_back(
     found: Candidates,
     order: Ids,
-    gone_at: np.ndarray,
+    before: Mask,
     length: int,
     meets: Callable[[Mask], bool],
 ) -> Mask:
-    """Put back single channels that the last, big unit made unnecessary."""
-    alive: Mask = gone_at >= length
-    for place in range(length - 2, max(length - 10, -1), -1):
-        number = int(order[place])
+    """Put back single channels that the last, big unit made unnecessary.
+
+    What they have in common with another unit that goes stays gone.
+    """
+    left = order[:length]
+    alive: Mask = found.gone_at(left, before) >= length
+    for number in order[max(length - 9, 0) : max(length - 1, 0)][::-1].tolist():
         if found.kind(number) != "channels" or found.units[number] != 1:
             continue
-        with_it = alive | (gone_at == place)
+        fewer = left[left != number]
+        with_it = found.gone_at(fewer, before) >= len(fewer)
         if meets(with_it):
-            alive = with_it
+            left, alive = fewer, with_it
     return alive
 
 

@@ -59,7 +59,8 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
             return []  # its attributes are those of its weights
         found = _attributes(module, size.old)
         if size.arg == "split_sizes":  # a list of sizes is held in its own order
-            found = [place for place in found if place[1] in (None, size.index)]
+            listed = [place for place in found if place[1] == size.index]
+            found = listed or [place for place in found if place[1] is None]
         if isinstance(module, nn.MultiheadAttention):
             found = [place for place in found if place[0] == "num_heads"]
             return [(path, *place) for place in found]
