@@ -24,7 +24,7 @@ EXCEPTIONS: dict[str, str] = {
 }
 
 # May name architectures, parameters and libraries of models.
-KNOWS_MODELS = ("models", "data", "cli", "_torchvision.py")
+KNOWS_MODELS = ("models", "data", "cli", "_torchvision.py", "_mend.py")
 
 # Long words are refused anywhere in an identifier, short ones as a whole part of one.
 LONG_WORDS = (

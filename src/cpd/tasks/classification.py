@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional as F
 
+from cpd._mend import before_metrics
 from cpd.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Classification:
         Both are shares in [0, 1]. With fewer than five classes "top5" counts all of them. Needs
         torchmetrics.
         """
+        before_metrics()
         from torchmetrics import MetricCollection
 
         from cpd.tasks._topk import TopK

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional as F
 
+from cpd._mend import before_metrics
 from cpd.errors import InputError
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class Segmentation:
         All are shares in [0, 1], fed by ``update(outputs, targets)``. Classes that neither occur
         nor are called have none. Needs torchmetrics.
         """
+        before_metrics()
         from torchmetrics import MetricCollection
 
         from cpd.tasks._confusion import Confusion
