@@ -165,6 +165,26 @@ def test_what_comb_itself_keeps_has_no_place() -> None:
     assert str(kept) == "0.weight axis 0, 6 of it: ignored by the user"
 
 
+def test_code_that_cannot_follow_is_named_by_its_line() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.make(x)
+            x = x.reshape(-1, 6)
+            return self.read(x)
+
+    model = nn.Sequential(nn.Linear(3, 4), Fixed())
+    groups = cpd.comb(model, torch.randn(2, 3), keep_class="strict")
+    (kept,) = [kept for kept in groups.kept if kept.reason.startswith("the code cannot follow")]
+    assert kept.source.endswith(line_of(Fixed, "self.read(x)"))
+    assert kept.paths == ("1.read",)
+    assert kept.place == f"1.read, {kept.source}"
+    assert [group.name for group in groups] == ["0"]
+
+
 def test_equal_lines_of_equal_modules_are_one_entry() -> None:
     model = nn.Sequential(Sorted(), nn.Linear(5, 4), Sorted())
     groups = cpd.comb(model, torch.randn(2, 4))

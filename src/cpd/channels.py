@@ -33,7 +33,7 @@ class Place:
     source: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.op} in {self.path}" if self.op and self.path else self.op
+        where = " in ".join(part for part in (self.op, self.path) if part)
         return ", ".join(part for part in (where, self.source) if part)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -199,11 +199,18 @@ def source_line(node: fx.Node) -> str:
     It is the innermost line outside of PyTorch (the one inside where there is none), and the file
     is named as it is imported: no path of the machine goes into a report.
     """
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(file, line) for file, line in found if not file.startswith(_TORCH)]
-    if not found:
+    return innermost(re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""))
+
+
+def innermost(frames: Sequence[tuple[str, object]]) -> str:
+    """Return "file:line" of the last of frames (file, line) that is not PyTorch's own; "" for none.
+
+    Files are named as they are imported; where all are PyTorch's own, the last is taken.
+    """
+    own = [(file, line) for file, line in frames if not file.startswith(_TORCH)]
+    if not frames:
         return ""
-    file, line = (own or found)[-1]
+    file, line = (own or frames)[-1]
     return f"{_imported_as(file)}:{line}"
 
 

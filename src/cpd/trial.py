@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from traceback import extract_tb
 from typing import Any
 
 import numpy as np
@@ -20,23 +21,31 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .channels import Reason
+from .channels import Place, Reason
 from .groups import Groups
 from .labels import Mask, axis_size, new_shape
 from .replace import Disagreement
 from .rules import Size
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
-from .trace import location, quiet_state
+from .trace import innermost, location, quiet_state
 from .units import Family
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a trial ended with, and the modules in whose code it did, from the inside out."""
+    """What a trial ended with, the modules in whose code it did, from the inside out, and the
+    "file:line" of it.
+    """
 
     text: str
     paths: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where it ended."""
+        return Place("", "".join(self.paths[:1]), self.source)
 
 
 Run = Callable[[Mask], Failure | None]
@@ -67,13 +76,14 @@ def freeze_unfollowed(groups: Groups) -> None:
         if error is not None:
             error = _tried_replaced(groups, kind, run, error)
         if error is not None:
-            _freeze(groups, kind, f"the code cannot follow: {error.text}")
+            _freeze(groups, kind, f"the code cannot follow: {error.text}", error.place)
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
     error = run(_without(groups, kept))
     if error is not None:
         error = _tried_replaced(groups, kept, run, error)
     if error is not None:
-        _freeze(groups, kept, f"the code cannot follow together with others: {error.text}")
+        why = f"the code cannot follow together with others: {error.text}"
+        _freeze(groups, kept, why, error.place)
 
 
 def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | None:
@@ -107,7 +117,8 @@ def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure
         if not added:
             groups.replaced.disable(enabled)
             reasons = [groups.replaced.why_not.get(path) for path in again.paths]
-            return Failure("; ".join([again.text, *[r for r in reasons if r][:1]]), again.paths)
+            text = "; ".join([again.text, *[r for r in reasons if r][:1]])
+            return replace(again, text=text)
         enabled += added
         again = _tried(groups, kind, run, halves=True)
     return None
@@ -299,7 +310,9 @@ def _run(
             out = small(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - any failure of the model's code is the answer sought
         text = (str(error).strip().splitlines() or [""])[0]
-        return Failure(f"{type(error).__name__}: {text}", _failed_in(small, error))
+        frames = [(x.filename, x.lineno) for x in extract_tb(error.__traceback__)[1:]]
+        source = innermost(frames)
+        return Failure(f"{type(error).__name__}: {text}", _failed_in(small, error), source)
     shapes = [
         tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)
     ]
@@ -348,10 +361,10 @@ def _to(value: Any, mode: Mode, device: str) -> Any:
     return torch.utils._pytree.tree_map(moved, value)
 
 
-def _freeze(groups: Groups, families: list[Family], why: str) -> None:
+def _freeze(groups: Groups, families: list[Family], why: str, place: Place | None = None) -> None:
     """Take families out of choice, and remember why for the channels that only they remove."""
     units = groups.units
-    units.reasons.append(Reason(why))
+    units.reasons.append(Reason(why, place or Place()))
     for family in families:
         if family not in units.families:
             continue
