@@ -84,6 +84,23 @@ def repair(
         UnknownName: a step that there is not.
         InputError: no batches, batches of different shapes, or a damping that is not over 0.
     """
+    tensors = mended(model, plan, batches, steps=steps, damping=damping, rows=rows)
+    copy = rebuild(model, tensors, {})
+    for (_, made), (_, old) in zip(copy.named_modules(), model.named_modules(), strict=True):
+        made.training = old.training
+    return copy
+
+
+def mended(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Inputs],
+    *,
+    steps: Collection[str] = STEPS,
+    damping: float = 0.01,
+    rows: int = 16384,
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that `repair` makes other ones, by name, at the original's size."""
     for step in steps:
         if step not in STEPS:
             raise UnknownName("step of repair", step, STEPS)
@@ -98,11 +115,7 @@ def repair(
     repairs = Repairs(tuple(steps), damping, rows)
     with torch.no_grad(), quiet_state():
         groups = _groups_for(model, plan, given[0])
-        tensors = _Walk(model, groups, plan, given, repairs).run()
-    copy = rebuild(model, tensors, {})
-    for (_, made), (_, old) in zip(copy.named_modules(), model.named_modules(), strict=True):
-        made.training = old.training
-    return copy
+        return _Walk(model, groups, plan, given, repairs).run()
 
 
 def _shapes(values: Any) -> list[Any]:

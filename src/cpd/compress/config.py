@@ -14,6 +14,7 @@ from cpd.errors import InputError, UnknownName
 
 __all__ = ["BenchOptions", "CompressConfig", "plain"]
 
+SCORED = ("all", "task", "distillation")
 # What changes where a run writes or how it is measured, but no weight: may differ on resume.
 FREE = ("output", "overwrite", "resume", "onnx", "bench")
 
@@ -54,6 +55,10 @@ class CompressConfig:
         weights: a safetensors file with the unpruned network's weights.
         task: a name of the task shelf, a mapping of it to its options, or an object of your own.
         importance: a name of the importance shelf, or a callable.
+        scored: the losses whose gradients the importance sees: "all" that the network trains on,
+            "task", or "distillation".
+        repair: batches of training data by which what is left makes good for what goes, at every
+            event (see ``cpd.repair``); 0 for none.
         teacher: "self" (the unpruned network), another network, or nothing.
         losses: distillation losses: a name, or a mapping of names to options with their weight.
         base: how the unpruned network is trained first; nothing: it comes trained.
@@ -87,6 +92,8 @@ class CompressConfig:
     weights: str | None = None
     task: Any = "classification"
     importance: Any = "hessian"
+    scored: str = "all"
+    repair: int = 0
     teacher: Any = "self"
     losses: Any = "kd"
     base: TrainOptions | None = None
@@ -139,10 +146,15 @@ class CompressConfig:
         if isinstance(self.teacher, str) and self.teacher != "self":
             text = f"teacher must be 'self', a network or None, got {self.teacher!r}"
             raise InputError(text)
-        for name in ("interval", "events"):
+        for name, least in (("interval", 1), ("events", 1), ("repair", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value is not None and (not isinstance(value, int) or value < least):
+                text = f"{name} must be a whole number of at least {least}, got {value!r}"
+                raise InputError(text)
+        if self.scored not in SCORED:
+            raise UnknownName("losses to score by", self.scored, SCORED)
+        if self.scored == "distillation" and self.teacher is None:
+            raise InputError('scored="distillation" needs a teacher')
         if self.step is not None and not 0 < self.step <= 1:
             raise InputError(f"step must be above 0 and at most 1, got {self.step!r}")
         if self.step is not None and self.events is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from cpd.distill import (
     examples,
     snapshot,
 )
+from cpd.distill.batches import Batches, unpack
 from cpd.distill.callbacks import Callbacks
 from cpd.distill.optim import try_out
 from cpd.errors import InputError, VerifyError
@@ -225,7 +227,8 @@ class Run:
             told = {"done": events.done, "of": self.config.count, "shares": shares}
             self.tell("on_event", "prune", told)
 
-        events = Events(student, groups, self.importance, self.config, saved)
+        batches = self._calibration()
+        events = Events(student, groups, self.importance, self.config, saved, batches)
         watching = (Recorder(self.journal), events, *self.callbacks)
         loop = self._loop(
             "prune", student, self.config.prune, steps=events.steps, callbacks=watching, keep="last"
@@ -238,6 +241,15 @@ class Run:
         student = loop.run().to(self.home)
         assert events.plan is not None
         return student, events.plan
+
+    def _calibration(self) -> list[Any]:
+        """Inputs to repair with, the same on all processes: the first batches of training data."""
+        if not self.config.repair:
+            return []
+        batches = Batches(self.data.train, self.config.prune.batch_size, self.config.seed)
+        found = itertools.islice(batches.epoch(0), self.config.repair)
+        inputs = [unpack(batch)[:2] for batch in found]
+        return [kwargs or args for args, kwargs in inputs]
 
     def cut(self, student: nn.Module, plan: Plan) -> tuple[nn.Module, str]:
         """The smaller network and the proof that it computes what the masked one did.

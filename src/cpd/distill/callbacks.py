@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["Callback", "Callbacks", "State"]
@@ -46,6 +47,9 @@ class Callback:
 
     def on_start(self, state: State) -> None:
         """Before the first step of a stage, and before the first one after a resume."""
+
+    def before_backward(self, state: State, terms: dict[str, torch.Tensor]) -> None:
+        """Before every backward pass; ``terms`` add up to what it goes through, "task" is one."""
 
     def after_backward(self, state: State) -> None:
         """After every backward pass; gradients are there, the optimizer has not stepped."""

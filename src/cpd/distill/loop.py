@@ -223,7 +223,9 @@ class Loop:
         with wait:
             terms = self._terms(chunk)
             self._record(terms, share)
-            self.accelerator.backward(torch.stack(list(terms.values())).sum() * share)
+            shares = {name: term * share for name, term in terms.items()}
+            self.callbacks("before_backward", self.state, shares)
+            self.accelerator.backward(torch.stack(list(shares.values())).sum())
         self.callbacks("after_backward", self.state)
 
     def _terms(self, chunk: Any) -> dict[str, torch.Tensor]:
