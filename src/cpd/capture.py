@@ -402,11 +402,11 @@ def _node(a: fx.Node, b: fx.Node, follows: dict[str, str]) -> Data:
 
 def _merged(single: Any, double: Any, follows: dict[str, str]) -> Any:
     """Let a type that changed with the inputs', and every device, be the inputs'."""
-    if isinstance(single, dict) and "dtype" in single and single != double:
+    if isinstance(single, dict) and isinstance(single.get("dtype"), str) and single != double:
         if "dtype" not in follows:
             raise Uncapturable("a type follows no input")
         return {"node": follows["dtype"]}
-    if isinstance(single, dict) and "device" in single:
+    if isinstance(single, dict) and isinstance(single.get("device"), str):
         if "device" not in follows:
             raise Uncapturable("a device follows no input")
         return {"node": follows["device"]}

@@ -34,11 +34,12 @@ _SHAPED = ("view", "reshape", "_unsafe_view", "unflatten")
 @dataclass(frozen=True)
 class Template:
     """A captured forward, with the sizes behind its literals and the scales to be written into
-    it.
+    it; `rigid` sizes it computes from its inputs, so they must stay.
     """
 
     forward: Forward
     places: dict[Place, tuple[Size, ...]]
+    rigid: list[Size]
     scales: dict[Place, tuple[Labels, int]]
     ids: Ids
 
@@ -47,6 +48,9 @@ class Template:
         if alive[self.ids].all():
             return None
         values: dict[Place, Any] = {}
+        for size in self.rigid:
+            if axis_size(size.labels, size.axis, alive) != size.old:
+                raise Disagreement(f"a size of {size.old} is computed from the inputs")
         for place, sizes in self.places.items():
             new = {axis_size(size.labels, size.axis, alive) for size in sizes}
             if len(new) > 1:
@@ -117,9 +121,9 @@ class Replacements:
         if not calls:
             raise Uncapturable("it is called by another way than its forward")
         forward = self._capture(module, calls)
-        places = _matched(forward, self.steps.get(path, []))
+        places, rigid = _matched(forward, self.steps.get(path, []))
         scales = _scales(forward, self.steps.get(path, []))
-        return Template(forward, places, scales, self._passing(path))
+        return Template(forward, places, rigid, scales, self._passing(path))
 
     def _passing(self, path: str) -> Ids:
         """Return the ids of all that a module and its children compute with."""
@@ -232,8 +236,13 @@ def _numbers(module: nn.Module) -> str:
     return repr(held) + (repr(other) if tensors else "")
 
 
-def _matched(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Size, ...]]:
-    """Return the literals of a forward that carry channels; both modes have the same ones."""
+def _matched(
+    forward: Forward, steps: list[Step]
+) -> tuple[dict[Place, tuple[Size, ...]], list[Size]]:
+    """Return the literals of a forward that carry channels (both modes have the same ones), and
+    the sizes that it computes from its inputs.
+    """
+    rigid: list[Size] = []
     places: dict[Place, list[Size]] = {}
     graph = forward.graphs["eval"]
     for number, step in _aligned(graph, steps):
@@ -246,10 +255,11 @@ def _matched(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Size, ...
                 _infer(graph[number], place)
                 continue
             if held != size.old:
-                raise Uncapturable("a size that carries channels is computed from the inputs")
+                rigid.append(size)
+                continue
             places.setdefault(place, []).append(size)
     result = {place: tuple(sizes) for place, sizes in places.items()}
-    return {**result, **_in_training(forward, result)}
+    return {**result, **_in_training(forward, result)}, rigid
 
 
 def _aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
