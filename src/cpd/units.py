@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .channels import Channels, Fold, Ids, Reason, components
+from .clusters import columns_of, in_step, relate
 
 KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups", "group channels")}
 
@@ -276,13 +277,15 @@ class _Solver:
         }
 
     def _bundles(self) -> tuple[list[Family], set[int]]:
-        """Join folds that share a row: their live rows all keep the same number."""
+        """Join folds that share a row or a tied column: all live rows keep the same number."""
         row_bound: dict[bytes, int] = {}
         edges = [(0, 0)]
         for number, bound in enumerate(self.bounds):
             for row in bound.items:
                 key = np.unique(row).tobytes()
                 edges.append((row_bound.setdefault(key, number), number))
+            keys = [] if bound.columns is None else [x.tobytes() for x in bound.columns]
+            edges += [(row_bound.setdefault(key, number), number) for key in keys]
         for link in self.links:
             numbers = [row_bound[row.tobytes()] for row in link if row.tobytes() in row_bound]
             edges += [(numbers[0], number) for number in numbers]
@@ -310,42 +313,34 @@ class _Solver:
             _fill(self.held, classes, int(held))
 
     def _bundle(self, bounds: list[_Bound]) -> tuple[Family | None, set[int]]:
-        tied = [bound for bound in bounds if bound.columns is not None]
+        tied = [(x.items, x.columns) for x in bounds if x.columns is not None]
         taken: set[int] = set()
         if not tied and all((bound.items == bound.items[:, :1]).all() for bound in bounds):
             return None, taken  # every row is one channel: its blocks are the units
+        for ids in (part for pair in tied for part in pair):
+            taken |= set(ids.ravel().tolist())
         clusters: dict[bytes, Ids] = {}
-        for bound in tied:
-            assert bound.columns is not None
-            taken |= set(bound.items.ravel().tolist()) | set(bound.columns.tolist())
-            several = np.array(list(dict.fromkeys(bound.columns.tolist())), np.int64)
-            clusters[np.sort(several).tobytes()] = several
-        in_ties = {int(item) for bound in tied for item in bound.items.ravel()}
-        whole = False
-        for row in (row for bound in bounds for row in bound.items):
-            items = np.unique(row)
-            if len(items) == 1 < len(row) and not tied:
-                whole = True  # one channel all along: the row keeps its width, or goes
-                continue
-            taken |= set(items.tolist())
-            if not set(items.tolist()) & in_ties:
-                clusters.setdefault(items.tobytes(), items)
-        if whole:  # and so do those that keep the same number
+        column_of, relations = columns_of(tied), []
+        for bound in sorted(bounds, key=lambda bound: bound.columns is None):
+            with_columns = bound.columns is not None
+            relation, items = relate(bound.items, clusters, column_of, tied=with_columns)
+            taken |= items
+            relations.append(relation)
+        known = [relation for relation in relations if relation is not None]
+        if len(known) < len(relations):
             return None, taken
-        width = max(len(c) for c in clusters.values())
-        columns = [bound.columns for bound in tied if bound.columns is not None]
         mine = {id(bound) for bound in bounds}
-        for bound in self.bounds if columns else ():
-            if id(bound) not in mine and np.isin(np.concatenate(columns), bound.items).any():
+        for bound in self.bounds if tied else ():
+            columns = np.concatenate([columns for _, columns in tied])
+            if id(bound) not in mine and np.isin(columns, bound.items).any():
                 return None, taken  # these columns are the units of another fold
-        if len({len(c) for c in clusters.values()}) > 1 or _share(clusters.values()):
+        parts = None if _share(clusters.values()) else in_step(clusters, known)
+        if parts is None:
             return None, taken
-        free = tuple(c[self.frozen[c] < 0] for c in clusters.values())
-        of_blocks = any(
-            int(item) in self.blocks for cluster in clusters.values() for item in cluster
-        )
+        free = tuple(part[self.frozen[part] < 0] for part in parts)
+        of_blocks = any(int(item) in self.blocks for part in parts for item in part)
         kinds = KINDS.get(_kind(bounds[0].op), ("heads", "head dims"))
-        family = Family(kinds[0 if of_blocks and not tied else 1], free, width)
+        family = Family(kinds[0 if of_blocks and not tied else 1], free, len(parts[0]))
         return (family if family.size else None), taken
 
     def _blocks(self, bound_items: set[int]) -> list[Family]:

@@ -14,7 +14,7 @@ from .base import Call, Zero, align, positive, rule
 @rule("cat", "concat", "concatenate")
 def cat(call: Call) -> Labels:
     """Ids of the parts one after the other; all other axes unite."""
-    tensors = [x for x in call.args["tensors"] if x.shape != (0,)]
+    tensors = [x for x in call.args["tensors"] if 0 not in x.shape] or call.args["tensors"]
     rank = len(call.shape)
     axis = positive(call.args.get("dim", 0), rank)
     names = [f"d{k}" for k in range(rank)]
@@ -26,7 +26,7 @@ def cat(call: Call) -> Labels:
     if not any(x.carries(axis) for x in tensors):
         return rest
     coupled = any(len(e.axes) > 1 and axis in e.axes for x in tensors for e in x.layers)
-    joined = _joined_rows(call, tensors, axis, rest) if coupled else _joined(call, tensors, axis)
+    joined = _joined_rows(call, tensors, axis) if coupled else _joined(call, tensors, axis)
     return rest if joined is None else replace(rest, layers=(*rest.layers, joined))
 
 
@@ -53,22 +53,32 @@ def _joined(call: Call, tensors: list[Labels], axis: int) -> Layer:
     return Layer((axis,), np.concatenate(ids), zero)
 
 
-def _joined_rows(call: Call, tensors: list[Labels], axis: int, rest: Labels) -> Layer | None:
-    """Concatenate coupled axes: whole rows stay together, and each is a row of the parts' rows."""
-    found = [e for x in tensors for e in x.layers if axis in e.axes]
-    outer = found[0].axes[:-1]
-    same = all(e.owner == axis and e.axes[:-1] == outer for e in found)
-    if not same or not outer or len(found) != len(tensors) or rest.owned(outer[-1]) is not None:
-        for e in found:
+def _joined_rows(call: Call, tensors: list[Labels], axis: int) -> Layer | None:
+    """Concatenate coupled axes: whole rows stay together, and each is a row of the parts' rows.
+
+    A part without rows of its own is the same in every row.
+    """
+    found = [x.owned(axis) for x in tensors]
+    deep = [e for e in found if e is not None and len(e.axes) > 1]
+    outside = [e for x in tensors for e in x.layers if axis in e.axes[:-1]]
+    outer = {e.axes[:-1] for e in deep}
+    if outside or len(outer) != 1:
+        for e in (*outside, *(e for e in found if e is not None)):
             call.freeze(e.ids, "concatenated with rows of another kind")
         return None
-    rows = [call.channels.rows(e.ids) for e in found]
-    for other in rows[1:]:
-        call.channels.unite(rows[0], other)
-    ids = np.concatenate([e.ids for e in found], axis=-1)
+    rows = call.channels.rows(deep[0].ids)
+    for e in deep[1:]:
+        call.channels.unite(rows, call.channels.rows(e.ids))
+    parts = []
+    for x, layer in zip(tensors, found, strict=True):
+        columns = call.channels.new(x.shape[axis]) if layer is None else layer.ids
+        if layer is None:
+            call.freeze(columns, "concatenated with channels of fixed number")
+        parts.append(columns if columns.ndim > 1 else call.channels.product(rows, columns))
+    ids = np.concatenate([part.reshape(*rows.shape, -1) for part in parts], axis=-1)
     call.channels.nest(ids)
-    call.channels.unite(call.channels.rows(ids), rows[0])
-    return Layer(found[0].axes, ids, all(e.zero for e in found))
+    call.channels.unite(call.channels.rows(ids), rows)
+    return Layer(deep[0].axes, ids, all(e is not None and e.zero for e in found))
 
 
 @rule("stack")
