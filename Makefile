@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo bench zoo fuzz slow lint format types layers clean
+.PHONY: setup test demo demo-seg bench zoo fuzz slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -42,6 +42,9 @@ fuzz: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo.yaml --output out/demo --overwrite true
+
+demo-seg: $(STAMP)
+	$(BIN)/python -m cpd.cli compress recipes/demo-seg.yaml --output out/demo-seg --overwrite true
 
 bench: $(STAMP)
 	$(BIN)/python -m bench

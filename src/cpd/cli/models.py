@@ -205,8 +205,8 @@ def named(kind: str, value: Any) -> Any:
     """A value of the YAML; ``package.module:name`` in it becomes the object.
 
     ``kind`` is the key: "data" and "task" are called with their options, "teacher" becomes a
-    network, others ("importance", "losses") stay the callable. A mapping of one such name to its
-    options works too.
+    network (its option ``weights`` is a safetensors file with its tensors), others ("importance",
+    "losses") stay the callable. A mapping of one such name to its options works too.
     """
     spec: Any = value
     options: Mapping[str, Any] = {}
@@ -216,7 +216,14 @@ def named(kind: str, value: Any) -> Any:
     if not isinstance(spec, str) or ":" not in spec:
         return value
     if kind == "teacher":
-        return Source(spec, options)()
+        from cpd.compress import load_weights
+
+        args = dict(options)
+        weights = args.pop("weights", None)
+        teacher = Source(spec, args)()
+        if weights is not None:
+            load_weights(teacher, weights)
+        return teacher
     found = imported(spec)
     if kind not in ("data", "task"):
         return found
