@@ -26,7 +26,7 @@ from .check import check, wishes
 from .network import Spec
 from .shrink import shrunk
 
-CHUNK = 80
+CHUNK = 20
 HEAD = """# Random networks
 
 Written by `make fuzz`. Each network is combed with `exact=True` and without, cut by a random plan
