@@ -266,10 +266,10 @@ def test_a_network_of_a_library_runs_through_the_worker(name: str, tmp_path: Pat
 
 
 def test_time_out_says_where(tmp_path: Path) -> None:
-    row = runner.run("prune", TINY[0], limit=0.3)
+    row = runner.run("prune", TINY[0], limit=1)
     assert runner.status_of(row) == "timeout"
-    assert row["ended"]["seconds"] == 0.3
-    assert row["stage"] == "start"
+    assert row["ended"]["seconds"] == 1
+    assert row["stage"] in ("start", "build")
     runner.keep(tmp_path, "prune", row)
     assert runner.read(tmp_path, "prune", TINY[0]) == row
 

@@ -18,7 +18,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="these only; patterns allowed")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="default: both")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time, default 1")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one, default 300")
+    parser.add_argument(
+        "--limit", type=float, default=300, help="processor seconds for one, default 300"
+    )
     parser.add_argument("--redo", choices=REDO, help="also those that have a row")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the rows are kept")
     parser.add_argument("--list", action="store_true", help="name the networks, run nothing")

@@ -1,4 +1,6 @@
-"""A process for one network: `python -m zoo.worker JOB NAME` prints its row after every stage.
+"""A process for one network: `python -m zoo.worker JOB NAME SECONDS`.
+
+It prints its row after every stage.
 
 JOB is "prune" (both modes, everything but ONNX) or "onnx". The last line is the row as far as it
 came, so a network that runs out of time or memory still says where.
@@ -206,11 +208,12 @@ def export(network: Network, emit: Emit) -> None:
 
 def main() -> None:
     """Run one job of one network; print its row after every stage."""
-    job, name = sys.argv[1:]
+    job, name, limit = sys.argv[1:]
     if sys.platform == "linux":
         import resource  # not on every system
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
     answers = sys.stdout
 
     def emit(row: dict[str, Any]) -> None:
