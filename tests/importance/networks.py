@@ -80,10 +80,25 @@ class Layer(nn.Module):
         return self.head(torch.tanh(F.linear(x, self.raw, self.bias)).mean(1))
 
 
+class Words(nn.Module):
+    """A table of words, recurrent layers of both kinds; the words come of the image's pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.lstm, self.gru = nn.LSTM(8, 6, 2, batch_first=True), nn.GRU(6, 5, batch_first=True)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        words = (x[:, :, 0].flatten(1).abs() * 5).long().clamp(max=10)
+        return self.head(self.gru(self.lstm(self.table(words))[0])[0].mean(1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "tokens": Tokens,
     "layer": Layer,
+    "words": Words,
 }
 
 
