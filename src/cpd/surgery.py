@@ -95,14 +95,16 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
     result: Any = object.__new__(kind)
     memo[id(value)] = result
-    result.__dict__.update({name: _copy(held, memo) for name, held in vars(value).items()})
+    held = (item for item in vars(value).items() if item[0] != "_compiled_call_impl")
+    result.__dict__.update({name: _copy(item, memo) for name, item in held})
     return result
 
 
 def _copies_itself(kind: type) -> bool:
     """Say whether a class has a protocol of its own for copies."""
     names = {"__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__", "__copy__", "__slots__"}
-    return any(names & set(vars(base)) for base in kind.__mro__ if base is not object)
+    own = (base for base in kind.__mro__ if base not in (object, nn.Module))
+    return any(names & set(vars(base)) for base in own)
 
 
 def refresh(module: nn.Module) -> None:
@@ -115,8 +117,8 @@ def refresh(module: nn.Module) -> None:
 
 def _weight(m: Any) -> torch.Tensor:
     """Return the weight, or what a hook computes it from in every forward."""
-    held = (m._parameters.get(name) for name in ("weight", "weight_v", "weight_orig"))
-    return next((x for x in held if x is not None), None) if "weight" in vars(m) else m.weight
+    held = [m._parameters.get(name) for name in ("weight_v", "weight_orig")]
+    return next((x for x in held if x is not None and "weight" in vars(m)), m.weight)
 
 
 def _linear(m: Any) -> None:
