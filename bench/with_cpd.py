@@ -58,7 +58,8 @@ class _Clock:
     def __call__(self, step: str, function: Any, *args: Any, **kwargs: Any) -> Any:
         start = perf_counter()
         result = function(*args, **kwargs)
-        self.seconds[step] = perf_counter() - start
+        spent = perf_counter() - start
+        self.seconds[step] = self.seconds.get(step, 0.0) + spent  # comb may trace twice
         return result
 
 
@@ -70,7 +71,9 @@ class _traced:
         self.clock, self.trace = clock, self.module.trace
 
     def __enter__(self) -> None:
-        self.module.trace = lambda *args: self.clock("trace", self.trace, *args)
+        self.module.trace = lambda *args, **options: self.clock(
+            "trace", self.trace, *args, **options
+        )
 
     def __exit__(self, *error: object) -> None:
         self.module.trace = self.trace

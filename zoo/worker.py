@@ -48,7 +48,8 @@ class Clock:
         self.emit(self.row)
         start = process_time()
         result = function(*args, **kwargs)
-        self.mode["seconds"][step] = round(process_time() - start, 3)
+        spent = self.mode["seconds"].get(step, 0.0) + process_time() - start
+        self.mode["seconds"][step] = round(spent, 3)
         self.mode["stage"] = before  # where it was: a step can hold another
         self.emit(self.row)
         return result
@@ -59,7 +60,7 @@ def traced(clock: Clock) -> Iterator[None]:
     """While it lasts, the clock sees the trace that `comb` makes."""
     module = importlib.import_module("cpd.comb")  # the name `cpd.comb` is the function
     trace = module.trace
-    module.trace = lambda *args: clock("trace", trace, *args)
+    module.trace = lambda *args, **kwargs: clock("trace", trace, *args, **kwargs)
     try:
         yield
     finally:

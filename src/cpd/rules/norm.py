@@ -18,9 +18,17 @@ def _params(call: Call, names: tuple[str, ...], axis: str) -> list[Named]:
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(call: Call) -> Labels:
-    """y[n, c, s] = (x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c]."""
+    """y[n, c, s] = (x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c].
+
+    Where the mean and the variance are those of the input itself, they are statistics across all
+    its other axes, which may hold channels too: a weight can be what is normalised.
+    """
     x = call.args["input"]
     names = [f"d{k}" for k in range(len(x.shape))]
+    if call.args.get("training") or call.args.get("use_input_stats"):
+        for axis in range(len(names)):
+            if axis > 1 or (axis == 0 and call.op == "batch_norm"):
+                call.statistic(x, axis, "normalised across channels")
     affine = _params(call, ("weight", "bias"), names[1])
     running = _params(call, ("running_mean", "running_var"), names[1])
     zero = _affine_zero(1, len(affine))
