@@ -15,7 +15,7 @@ from cpd.errors import InputError
 __all__ = ["Scenes", "scenes"]
 
 _CLASSES = 11  # background, then the digits 0 … 9
-_MOST = 4  # digits in a scene
+_MOST = 3  # digits in a scene
 _INK = 0.45  # how dark a pixel of a digit is to carry its label
 _PARTS = {"train": 0, "val": 1, "test": 2}
 
@@ -64,7 +64,7 @@ class Scenes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         generator = np.random.default_rng([*self.address, self.epoch, index])
         image = _texture(generator, self.size)
         labels = torch.zeros(self.size, self.size, dtype=torch.int64)
-        for _ in range(int(generator.integers(2, _MOST + 1))):
+        for _ in range(int(generator.integers(1, _MOST + 1))):
             self._draw(generator, image, labels)
         image += 0.03 * _normal(generator, 3, self.size, self.size)
         return (image.clamp(0, 1) - 0.5) / 0.25, labels
@@ -74,7 +74,7 @@ class Scenes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         """Put one digit somewhere, over what is there."""
         chosen = int(generator.integers(len(self.labels)))
-        high, wide = (int(self.size * generator.uniform(0.3, 0.6)) for _ in range(2))
+        high, wide = (int(self.size * generator.uniform(0.4, 0.7)) for _ in range(2))
         top, left = (int(generator.integers(self.size - side + 1)) for side in (high, wide))
         small = self.images[chosen][None, None]
         ink = F.interpolate(small, size=(high, wide), mode="bilinear", align_corners=False)[0, 0]
@@ -101,7 +101,7 @@ def _texture(generator: np.random.Generator, size: int) -> torch.Tensor:
     """Noise of two grains and a grating, tinted: float32 (3, size, size), about [0, 1]."""
     tint = torch.from_numpy(generator.random((3, 1, 1), dtype=np.float32))
     image = tint.expand(3, size, size).clone()
-    for grain, strength in ((4, 0.15), (size // 4, 0.08)):
+    for grain, strength in ((4, 0.12), (size // 4, 0.06)):
         noise = _normal(generator, 1, 3, grain, grain)
         image += strength * F.interpolate(noise, size=(size, size), mode="bicubic")[0]
     angle, waves, phase = generator.uniform([0, 2, 0], [np.pi, 12, 2 * np.pi])
@@ -136,7 +136,7 @@ def scenes(
 ) -> Data:
     """Return scenes as x float32 (3, size, size) and y int64 (size, size) in 0 … 10.
 
-    Two to four digits of 0.3 to 0.6 of the side, each in a colour of its own, lie over one another
+    One to three digits of 0.4 to 0.7 of the side, each in a colour of its own, lie over one another
     and over a tinted texture. Class 0 is the background, class d + 1 the digit d. No written digit
     of one part occurs in another.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -101,14 +102,35 @@ def examples(source: Any, rows: int = 2) -> Any:
 
 
 class _Seeded(Dataset[Any]):
-    """A dataset whose random transforms depend on (seed, epoch, index) alone."""
+    """A dataset whose random transforms depend on (seed, epoch, index) alone.
+
+    It is asked for (epoch, index), so that workers that outlive an epoch know which one it is.
+    """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
+        self.epoch: int | None = None
 
-    def __getitem__(self, index: int) -> Any:
-        seed_all(derive(self.seed, index))
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        if epoch != self.epoch and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        self.epoch = epoch
+        seed_all(derive(self.seed, "sample", epoch, index))
         return self.dataset[index]
+
+
+class _Order:
+    """The batches of the current epoch, as a loader that lives on asks for them."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 @dataclass(frozen=True)
@@ -194,13 +216,22 @@ class Batches:
             return
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(number)
+        order, loader = self._loader
+        order.batches = [[(number, k) for k in batch] for batch in self._indices(number)[skip:]]
+        yield from loader
+
+    @cached_property
+    def _loader(self) -> tuple[_Order, DataLoader[Any]]:
+        """One loader for all epochs: its workers are started once and stay."""
+        order = _Order()
         loader: DataLoader[Any] = DataLoader(
-            _Seeded(self.source, derive(self.seed, "sample", number)),
-            batch_sampler=self._indices(number)[skip:],
+            _Seeded(self.source, self.seed),
+            batch_sampler=order,
             num_workers=self.workers,
             pin_memory=torch.accelerator.is_available(),
+            persistent_workers=self.workers > 0,
         )
-        yield from loader
+        return order, loader
 
     def _loaded(self, number: int, skip: int) -> Iterator[Any]:
         """This process's share of each batch of a foreign loader."""
