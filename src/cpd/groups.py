@@ -134,9 +134,8 @@ class CouplingGroup:
     @property
     def held(self) -> tuple[Reason, ...]:
         """Why some of its channels go only together: the width of a row stays."""
-        units = self._groups.units
-        numbers = np.unique(units.held[self.classes]).tolist()
-        return tuple(dict.fromkeys(units.reasons[k] for k in numbers if k >= 0))
+        reasons, numbers = self._groups.units.reasons, self._groups.causes[self.classes]
+        return tuple(dict.fromkeys(reasons[k] for k in np.unique(numbers).tolist() if k >= 0))
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.kinds}"]
@@ -191,6 +190,11 @@ class Groups:
     def kept(self) -> tuple[Kept, ...]:
         """`frozen`, joined by reason and line of code, without the axes of kernels."""
         return _kept(self.frozen)
+
+    @property
+    def causes(self) -> Ids:
+        """Return for each class the number of the reason why it cannot go by itself, or -1."""
+        return np.where(self.units.frozen >= 0, self.units.frozen, self.units.held)
 
     def _owners(self) -> tuple[Ids, Ids]:
         """Return for each class the number of its group, or -1, and its place in that."""
@@ -293,7 +297,7 @@ def frozen_axes(groups: Groups, closures: Iterable[Ids]) -> Iterator[Frozen]:
     for closure in closures:
         movable[closure] = True
     parameters = {name for name, _ in groups.model.named_parameters()}
-    why = np.where(units.frozen >= 0, units.frozen, units.held)
+    why = groups.causes
     for tensor, layer in ((t, x) for t in groups.labels for x in groups.labels[t].layers):
         classes = units.label[layer.ids]
         stuck = ~movable[classes]

@@ -303,12 +303,15 @@ class _Solver:
                 families.append(family)
         return families, taken
 
-    def _hold(self, classes: Ids) -> None:
+    def _hold(self, classes: Ids, reason: Reason | None = None) -> None:
         """Remember for classes that are bound together why none of them can go by itself."""
         held, frozen = self.held[classes].max(initial=-1), self.frozen[classes].max(initial=-1)
         if held < 0 <= frozen:
-            stays, held = self.reasons[frozen], len(self.reasons)
-            self.reasons.append(Reason(f"keeps step with what stays: {stays.text}", stays.place))
+            stays = self.reasons[frozen]
+            reason = Reason(f"keeps step with what stays: {stays.text}", stays.place)
+        if held < 0 and reason is not None:
+            held = len(self.reasons)
+            self.reasons.append(reason)
         if held >= 0:
             _fill(self.held, classes, int(held))
 
@@ -334,8 +337,11 @@ class _Solver:
             columns = np.concatenate([columns for _, columns in tied])
             if id(bound) not in mine and np.isin(columns, bound.items).any():
                 return None, taken  # these columns are the units of another fold
-        parts = None if _share(clusters.values()) else in_step(clusters, known)
+        if _share(clusters.values()):
+            return None, taken
+        parts = in_step(clusters, known)
         if parts is None:
+            self._hold(np.array(sorted(taken), np.int64), Reason("bound to rows of other widths"))
             return None, taken
         free = tuple(part[self.frozen[part] < 0] for part in parts)
         of_blocks = any(int(item) in self.blocks for part in parts for item in part)
