@@ -49,6 +49,9 @@ demo-seg: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench
 
+bench-large: $(STAMP)
+	$(BIN)/python -m bench.large
+
 $(VENV)/.zoo: $(STAMP)
 	$(PIP) -e '.[zoo]'
 	touch $@

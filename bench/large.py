@@ -1,8 +1,9 @@
 """`python -m bench.large`: networks of billions of parameters, planned without weights.
 
-Each line of the page is a process of its own with one thread; its peak memory is what the system
-reports for it (`getrusage`), Python and PyTorch included. This process imports nothing large, since
-a child starts with its parent's peak.
+Each line of the page is a process of its own with one thread; seconds are those of its processor,
+whatever else the machine does, and its peak memory is what the system reports for it (`getrusage`),
+Python and PyTorch included. This process imports nothing large, since a child starts with its
+parent's peak.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,19 +78,28 @@ def planned(model: Any, inputs: Any, target: str) -> tuple[dict[str, Any], Any]:
     """Return seconds of each step with what was found, and the plan."""
     import cpd
 
-    from .with_cpd import _Clock, _traced
+    module: Any = sys.modules["cpd.comb"]  # the name `cpd.comb` is the function
+    trace, seconds = module.trace, {}
 
-    clock = _Clock()
-    with _traced(clock):
+    def clock(step: str, function: Any, *args: Any) -> Any:
+        start = process_time()
+        result = function(*args)
+        seconds[step] = process_time() - start
+        return result
+
+    module.trace = lambda *args: clock("trace", trace, *args)
+    try:
         groups = clock("comb", cpd.comb, model, inputs)
-    clock.seconds["comb"] -= clock.seconds["trace"]
+    finally:
+        module.trace = trace
+    seconds["comb"] -= seconds["trace"]
     scores = cpd.importance.score("random", model, groups)
     plan = clock("choose", cpd.choose, groups, scores, target)
     units: dict[str, int] = {}
     for family in (family for group in groups for family in group.families):
         units[family.kind] = units.get(family.kind, 0) + family.width
     found = {
-        **clock.seconds,
+        **seconds,
         "nodes": len(groups.trace.graph.nodes),
         "groups": len(groups),
         "units": units,
@@ -105,13 +115,13 @@ def large(name: str, depth: str = "") -> dict[str, Any]:
 
     kind, sizes = LARGE[name]
     sizes = sizes | ({"num_hidden_layers": int(depth)} if depth else {})
-    start = perf_counter()
+    start = process_time()
     model = language_model(kind, sizes, "meta")
     ids = torch.zeros(1, 16, dtype=torch.long, device="meta")
-    built = perf_counter()
+    built = process_time()
     found, plan = planned(model, {"input_ids": ids, "use_cache": False}, "params=0.7")
     text = plan.to_json()
-    ended = perf_counter()
+    ended = process_time()
     return {**found, "json": len(text), "seconds": ended - built, "build": built - start}
 
 
@@ -124,9 +134,9 @@ def small(name: str) -> dict[str, Any]:
     model, inputs = make(name)
     for _ in range(2):
         found, plan = planned(model, inputs, "macs=0.5")
-        start = perf_counter()
+        start = process_time()
         cpd.cut(model, plan, verify=False)
-        found["cut"] = perf_counter() - start
+        found["cut"] = process_time() - start
     return found
 
 
@@ -157,9 +167,9 @@ def cut_checkpoint(folder: str) -> dict[str, Any]:
 
     model = language_model("Llama", HUNDRED_MILLION, "meta")
     plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-    before, start = peak(), perf_counter()
+    before, start = peak(), process_time()
     cut_shards(Path(folder) / "whole", plan, Path(folder) / "cut", model=model)
-    seconds = perf_counter() - start
+    seconds = process_time() - start
     sizes = [file.stat().st_size for file in sorted((Path(folder) / "cut").glob("*.safetensors"))]
     return {"seconds": seconds, "grown": peak() - before, "files": sizes}
 
@@ -301,7 +311,8 @@ def page(report: dict[str, Any]) -> str:
         "",
         f"Made by `make bench-large` on {report['date']}; not written by hand.",
         "",
-        f"Machine: {_listed(machine())}. One thread, a process for each line.",
+        f"Machine: {_listed(machine())}. A process with one thread for each "
+        "line; seconds of processor time.",
         f"Versions: {_listed(versions() | report['versions'])}.",
         "",
         "## Planned without weights",
