@@ -145,3 +145,16 @@ def test_sizes_are_counted_from_the_outside_in() -> None:
     assert new_shape(labels, alive) == (2, 2)
     assert axis_size(labels, 0, alive) == 2
     assert left(np.arange(12).reshape(3, 4), labels, alive).tolist() == [[2, 3], [4, 5]]
+
+
+def test_two_axes_coupled_to_a_third_are_kept_when_they_merge() -> None:
+    """Heads with dims and with offsets of their own, read as one axis: (2, 3, 4) -> (2, 12)."""
+    channels = Channels()
+    dims, offsets = Layer((0, 1), channels.new(2, 3)), Layer((0, 2), channels.new(2, 4))
+    out = reshape(Labels((2, 3, 4), (dims, offsets)), (2, 12), channels)
+    (layer,) = out.layers
+    assert (layer.axes, layer.ids.shape) == ((0, 1), (2, 12))
+    units = solve(channels)
+    for ids in (dims.ids, offsets.ids, layer.ids):
+        for c in units.label[ids].ravel().tolist():
+            assert units.reason(c) == "two axes coupled to a third are merged"

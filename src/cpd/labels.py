@@ -287,8 +287,12 @@ def _joined(outer: Layer, inner: Layer, channels: Channels) -> Layer:
             channels.freeze(inner.ids, "coupled axes of different depth are merged")
         return replace(inner, zero=inner.zero or outer.zero)
     if set(outer.axes) & set(inner.axes):
-        channels.freeze(inner.ids, "two axes coupled to a third are merged")
-        channels.freeze(outer.ids, "two axes coupled to a third are merged")
+        sizes = dict(zip(outer.axes + inner.axes, outer.ids.shape + inner.ids.shape, strict=True))
+        axes = tuple(sorted(sizes))
+        ids = channels.new(*(sizes[axis] for axis in axes))
+        for frozen in (inner.ids, outer.ids, ids):
+            channels.freeze(frozen, "two axes coupled to a third are merged")
+        return Layer(axes, ids, outer.zero or inner.zero)
     axes = outer.axes + inner.axes
     ids = channels.product(outer.ids, inner.ids).reshape(outer.ids.shape + inner.ids.shape)
     order = np.argsort(axes)
