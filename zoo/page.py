@@ -12,7 +12,7 @@ from typing import Any
 
 from .network import Network
 from .registry import registry
-from .runner import ROOT, Row, reached, read, status_of
+from .runner import ROOT, Row, fingerprint, reached, read, status_of
 
 DOCS = ROOT / "docs"
 PACKAGES = {
@@ -139,7 +139,8 @@ def page(found: list[tuple[Network, Row | None, Row | None]]) -> str:
     """Return the page of the documentation."""
     libraries = dict.fromkeys(network.library for network, *_ in found)
     by_library = {name: [x for x in found if x[0].library == name] for name in libraries}
-    lines = [INTRO, "", f"Versions: {_versions(libraries)}.", "", *_summary(by_library)]
+    lines = [INTRO, "", f"Versions: {_versions(libraries)}.", *_stale(found), ""]
+    lines += _summary(by_library)
     lines += ["", "## What is not reached", "", *_not_reached(found)]
     for name, part in by_library.items():
         lines += ["", f"## {name}", "", *_section(part)]
@@ -154,6 +155,16 @@ def _versions(libraries: Iterable[str]) -> str:
         except PackageNotFoundError:
             found.append(f"{package} not installed")
     return ", ".join(found)
+
+
+def _stale(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
+    """Say which rows the code as it is now did not make."""
+    made = [row for _, row, _ in found if row]
+    old = sum(row.get("fingerprint") != fingerprint() for row in made)
+    if not old:
+        return []
+    text = f"{old} of {len(made)} rows were made by the code as it was earlier"
+    return ["", f"{text}; `python -m zoo --redo stale` renews them."]
 
 
 def _summary(by_library: dict[str, list[tuple[Network, Row | None, Row | None]]]) -> list[str]:
