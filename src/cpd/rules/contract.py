@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..labels import Labels, reshape
+from ..labels import Labels, Layer, reshape
 from ._copies import copied
 from .base import Call, Pin, align, rule
 
@@ -248,8 +248,7 @@ def _conv(
         call.freeze_axis(x, axis, "convolution runs over this axis")
     for axis in range(2, rank + 2):
         call.freeze_axis(w, axis, "kernel axis, not a channel axis")
-    x = replace(x, layers=tuple(e for e in x.layers if max(e.axes) < len(x.shape) - rank))
-    w = replace(w, layers=tuple(e for e in w.layers if max(e.axes) < 2))
+    x, w = _before(call, x, len(x.shape) - rank), _before(call, w, 2)
     _consume(call, w, 0 if transposed else 1)
     xg, wg = _split(call, x, len(lead), groups), _split(call, w, 0, groups)
     _same_groups(call, wg)
@@ -265,6 +264,23 @@ def _conv(
     if groups > 1:
         call.size("groups", None, groups, xg, at)
     return reshape(y, out_shape, call.channels)
+
+
+def _before(call: Call, labels: Labels, first: int) -> Labels:
+    """Forget the axes from `first` on: what is coupled to them is alive where its row is."""
+    layers: dict[int, Layer] = {}
+    for layer in labels.layers:
+        outer = [axis for axis in layer.axes if axis < first]
+        kept = labels.at_layer(layer, outer[-1], call.channels) if outer else None
+        if kept is None:
+            continue
+        other = layers.setdefault(kept.owner, kept)
+        if other.axes == kept.axes:
+            call.channels.unite(other.ids, kept.ids)
+        else:
+            call.freeze(kept.ids, "an axis is coupled to two different ones")
+            call.freeze(other.ids, "an axis is coupled to two different ones")
+    return replace(labels, layers=tuple(layers.values()))
 
 
 def _same_groups(call: Call, weight: Labels) -> None:
