@@ -208,7 +208,7 @@ def _groups_for(
 
 def _shapes(values: Any) -> list[Any]:
     leaves = torch.utils._pytree.tree_leaves(values)
-    return [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves]
+    return [(tuple(x.shape), x.is_meta) if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
 def _zeroed(model: nn.Module, plan: Plan) -> nn.Module:
