@@ -46,6 +46,9 @@ demo: $(STAMP)
 demo-seg: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo-seg.yaml --output out/demo-seg --overwrite true
 
+rules: $(STAMP)
+	$(BIN)/python tools/rules_page.py
+
 bench: $(STAMP)
 	$(BIN)/python -m bench
 

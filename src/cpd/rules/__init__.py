@@ -12,5 +12,17 @@ from .base import Call, Factor, Pin, Size, find, known
 
 # The shelf. Importing a file registers its rules.
 from . import addressed, barrier, contract, create, move, norm, parts, pointwise, recurrent, reduce  # noqa: F401  isort: skip
+from ._shelf import NO_CHANNELS, bare, shelf, status
 
-__all__ = ["Call", "Factor", "Pin", "Size", "find", "known"]
+__all__ = [
+    "NO_CHANNELS",
+    "Call",
+    "Factor",
+    "Pin",
+    "Size",
+    "bare",
+    "find",
+    "known",
+    "shelf",
+    "status",
+]

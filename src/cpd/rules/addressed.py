@@ -75,7 +75,7 @@ def _both(flags: dict[int, bool]) -> bool:
     return flags.get(0, False) and flags.get(1, False)
 
 
-@rule("index_select", "index_copy", "index_add", "index_fill", "index_reduce")
+@rule("index_select", "index_copy", "index_add", "index_fill")
 def index_select(call: Call) -> Labels:
     """Entries of one axis picked or written by data: that axis is fixed."""
     x = call.args["self"]

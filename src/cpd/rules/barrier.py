@@ -40,7 +40,7 @@ def _along(call: Call, x: Labels, axes: set[int], why: str) -> Labels | list[Lab
     return results if len(results) > 1 else results[0]
 
 
-@rule("histc", "bincount", "one_hot", "searchsorted", "bucketize")
+@rule("histc", "one_hot", "searchsorted", "bucketize")
 def wall(call: Call) -> Labels | list[Labels]:
     """Counts or places entries of the whole tensor: nothing of what goes in may shrink."""
     for tensor in _tensors(list(call.args.values())):

@@ -135,8 +135,7 @@ def _states(call: Call, states: list[Labels], ids: list[Ids]) -> bool:
         layer = state.owned(last)
         zero = zero and layer is not None and layer.zero
         if state.uniform and layer is not None and len(made) > 1:
-            # the same everywhere: as many as in each layer, no matter which
-            call.channels.nest(np.concatenate([made, layer.ids.reshape(1, -1)]))
+            call.channels.unite(made[0], layer.ids)  # as many as in any layer, no matter which
             state = Labels(state.shape, tuple(e for e in state.layers if e is not layer), True)
             names = [*names[:-1], "any"]
         own = Labels(state.shape, (_stacked(made, last, zero=True),))
