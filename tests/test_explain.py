@@ -241,11 +241,35 @@ def test_heads_are_what_an_attention_keeps_apart() -> None:
     assert not {"heads", "head dims"} & {family.kind for family in group.families}
 
 
+def test_heads_that_stay_hold_back_their_dims() -> None:
+    """Each head has a gain that is put out: heads stay, their dims may go; the rest is free."""
+
+    class Gained(Turned):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3, 1, 1))
+            self.up, self.down = nn.Linear(12, 5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            b, n, _ = x.shape
+            v = self.v(x).view(b, n, self.heads, -1).transpose(1, 2) * self.gain
+            out = self.proj(v.transpose(1, 2).reshape(b, n, -1))
+            return self.down(self.up(out).relu()), self.gain * 2
+
+    groups = cpd.comb(Gained(), torch.randn(2, 5, 12))
+    assert groups["v"].kinds == "4 channels"
+    assert {reason.text for reason in groups["v"].held} == {"model output"}
+    assert not groups["up"].held
+    assert not groups["proj"].held
+    (line,) = [line for line in str(groups).splitlines() if line.startswith("    v: ")]
+    assert line.startswith("    v: model output (mul, ")
+
+
 def test_a_group_says_why_rows_keep_their_width() -> None:
     groups = cpd.comb(Turned(), torch.randn(2, 5, 12), exact=True)
     for group in groups:
-        assert [f"  only together: {reason}" for reason in group.held] == [
-            line for line in str(group).splitlines() if "only together" in line
+        assert [f"  held back: {reason}" for reason in group.held] == [
+            line for line in str(group).splitlines() if line.startswith("  held back: ")
         ]
 
 

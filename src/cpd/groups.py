@@ -133,13 +133,12 @@ class CouplingGroup:
 
     @property
     def held(self) -> tuple[Reason, ...]:
-        """Why some of its channels go only together: the width of a row stays."""
-        reasons, numbers = self._groups.units.reasons, self._groups.causes[self.classes]
-        return tuple(dict.fromkeys(reasons[k] for k in np.unique(numbers).tolist() if k >= 0))
+        """Why some of its channels go only with others: a row or its width stays."""
+        return self._groups.held[self.name]
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.kinds}"]
-        lines += [f"  only together: {reason}" for reason in self.held]
+        lines += [f"  held back: {reason}" for reason in self.held]
         for member in self.members:
             axes = [k for k, size in enumerate(member.channel.shape) if size > 1]
             lines.append(f"  {member.role:<3} {member.tensor} axis {', '.join(map(str, axes))}")
@@ -195,6 +194,25 @@ class Groups:
     def causes(self) -> Ids:
         """Return for each class the number of the reason why it cannot go by itself, or -1."""
         return np.where(self.units.frozen >= 0, self.units.frozen, self.units.held)
+
+    @cached_property
+    def held(self) -> dict[str, tuple[Reason, ...]]:
+        """Group name -> why some of its channels go only with others.
+
+        Rows over them stay as rows, or their columns as columns: heads whose dims may go, or heads
+        that may go whole.
+        """
+        owner, causes = self._owners()[0], self.causes
+        found: list[set[int]] = [set(causes[group.classes].tolist()) for group in self.groups]
+        for block, below in self.units.below.items():
+            mine = np.unique(owner[below]) if owner[block] < 0 else below[:0]
+            for number in mine[mine >= 0].tolist():
+                found[number].add(int(causes[block]))
+        reasons = self.units.reasons
+        return {
+            group.name: tuple(dict.fromkeys(reasons[k] for k in sorted(held) if k >= 0))
+            for group, held in zip(self.groups, found, strict=True)
+        }
 
     def _owners(self) -> tuple[Ids, Ids]:
         """Return for each class the number of its group, or -1, and its place in that."""
@@ -261,11 +279,13 @@ class Groups:
         if self.groups:
             lines += _aligned([_HEAD, *(_row(group) for group in self.groups)])
         lines += _kept_lines(self.kept)
+        lines += _held_lines(self.held)
         return "\n".join(lines)
 
 
 _KEEPS_STEP = Reason("must keep step with channels that cannot go")
 _HEAD = ("group", "units", "tensors", "params", "MACs")
+_HELD = 8  # reasons; `Groups.held` has all
 _PLACES = 3  # lines of code for one reason; `Groups.kept` has all
 
 
@@ -329,6 +349,22 @@ def _kept(frozen: Iterable[Frozen]) -> tuple[Kept, ...]:
         for reason, lines in found.items()
         for at, items in lines.items()
     )
+
+
+def _held_lines(held: dict[str, tuple[Reason, ...]]) -> list[str]:
+    found: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    for name, reason in ((name, reason) for name, mine in held.items() for reason in mine):
+        at = (reason.text, reason.place.op, reason.place.source)
+        found.setdefault(at, []).append((name, reason.place.path))
+    lines = []
+    for (text, op, source), mine in list(found.items())[:_HELD]:
+        names, paths = (
+            list(dict.fromkeys(filter(None, words))) for words in zip(*mine, strict=True)
+        )
+        lines.append(f"    {_first(names)}: {Reason(text, Place(op, _first(paths), source))}")
+    if len(found) > _HELD:
+        lines.append(f"    and {len(found) - _HELD} more reasons")
+    return ["  held back, to go only with others:", *lines] if lines else []
 
 
 def _kept_lines(kept: tuple[Kept, ...]) -> list[str]:

@@ -127,7 +127,7 @@ def _group(group: CouplingGroup) -> Node:
     for member in group.members:
         axes = [str(axis) for axis, size in enumerate(member.channel.shape) if size > 1]
         tensors.append(f"{member.role} {member.tensor} axis {', '.join(axes)}")
-    notes = tuple(f"only together: {reason}" for reason in group.held)
+    notes = tuple(f"held back: {reason}" for reason in group.held)
     share = {name: group.share[name] for name in _COSTS}
     return Node(group.name, GROUP, group.kinds, group.size, share, tuple(tensors), notes)
 
