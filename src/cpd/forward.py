@@ -69,14 +69,14 @@ _CASTS: dict[str, Callable[..., Any]] = {
     "float": float,
     "device": torch.device,
 }
-_SPACES = ("aten", "torchvision")
 
 
 @dataclass(frozen=True)
 class Forward:
     """`call`: parameter name -> tree of what it was given. `graphs`: "eval" and "train" -> calls.
 
-    Leaves of `call` are {"input": k}, the k-th input of the graphs, or {"is": constant}.
+    Leaves of `call` are {"input": k}, the k-th input of the graphs, or {"is": constant}. A leaf's
+    "fixed" are axes whose size must be the traced one: axis (as text) -> size.
     """
 
     call: Data
@@ -188,6 +188,7 @@ def _flatten(tree: Any, value: Any, leaves: list[Any], where: str) -> None:
     if "input" in tree:
         kind = torch.Tensor if tree["tensor"] else (int, torch.SymInt)
         if isinstance(value, kind):
+            _fixed(tree.get("fixed", {}), value, where)
             leaves.append(value)
             return
     elif "is" in tree:
@@ -207,6 +208,15 @@ def _flatten(tree: Any, value: Any, leaves: list[Any], where: str) -> None:
         f"{where} is {found}, but this module's forward was cut for {_form(tree)} there. Comb with "
         'inputs of the form that you use, or with keep_class="strict" to keep the original code.'
     )
+
+
+def _fixed(sizes: Mapping[str, int], value: Any, where: str) -> None:
+    for axis, size in sizes.items():
+        if value.shape[int(axis)] != size:
+            raise InputError(
+                f"{where} has the size {value.shape[int(axis)]} in axis {axis}, but this module's "
+                f"forward was cut for {size} there: comb at the size that you use"
+            )
 
 
 def _form(tree: Data) -> str:
@@ -248,8 +258,8 @@ def _target(op: str) -> Any:
         return BUILTINS[op]
     space, _, rest = op.partition(".")
     name, _, overload = rest.partition(".")
-    if space in _SPACES:
-        found = getattr(getattr(getattr(torch.ops, space), name, None), overload, None)
+    if space == "aten":
+        found = getattr(getattr(torch.ops.aten, name, None), overload, None)
         if found is not None and allowed(found):
             return found
     raise ArtefactError(f"{op!r} is no operator that a forward may call")
@@ -271,7 +281,7 @@ def op_name(target: Any) -> str | None:
     if isinstance(target, torch._ops.OpOverload):
         space = target.namespace
         name = target._schema.name.split("::")[-1]
-        listed = space in _SPACES and allowed(target)
+        listed = space == "aten" and allowed(target)
         return f"{space}.{name}.{target._overloadname}" if listed else None
     return _NAMES.get(target)
 

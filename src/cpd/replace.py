@@ -17,7 +17,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from .capture import Uncapturable, capture, record
+from .calls import Uncapturable, record
+from .capture import TooSlow, capture
 from .channels import Ids
 from .errors import CPDError
 from .forward import Data, Forward, changed
@@ -77,6 +78,8 @@ class Replacements:
         self.why_not: dict[str, str] = {}
         self.why: dict[str, str] = {}
         self._made: dict[str, Template | None] = {}
+        self._batches: dict[str, list[Data]] = {}
+        self._slow: set[type] = set()
         self._captured: dict[Any, Forward | str] = {}
 
     def enable(self, paths: Iterable[str], why: str) -> list[str]:
@@ -120,27 +123,35 @@ class Replacements:
         calls = self._calls.get(path, [])
         if not calls:
             raise Uncapturable("it is called by another way than its forward")
-        forward = self._capture(module, calls)
+        forward = self._capture(module, calls, len(self._batches.get(path, [])))
         places, rigid = _matched(forward, self.steps.get(path, []))
         scales = _scales(forward, self.steps.get(path, []))
-        return Template(forward, places, rigid, scales, self._passing(path))
+        return Template(forward, places, rigid, scales, self.passing(path))
 
-    def _passing(self, path: str) -> Ids:
+    def passing(self, path: str) -> Ids:
         """Return the ids of all that a module and its children compute with."""
-        inside = [v for k, v in self.steps.items() if not path or f"{k}.".startswith(f"{path}.")]
-        found = [np.empty(0, np.int64)]
-        for step in (step for steps in inside for step in steps):
-            for value in pytree.tree_leaves([step.out, list(step.args.values())]):
-                if isinstance(value, Labels):
-                    found += [layer.ids.ravel() for layer in value.layers]
-        return np.unique(np.concatenate(found))
+        inside = [k for k in self.steps if not path or f"{k}.".startswith(f"{path}.")]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *(self._own[k] for k in inside)]))
 
-    def _capture(self, module: nn.Module, calls: list[Data]) -> Forward:
+    @cached_property
+    def _own(self) -> dict[str, Ids]:
+        """The ids of all that each module's own code computes with."""
+        found = {}
+        for path, steps in self.steps.items():
+            ids = {}
+            for value in pytree.tree_leaves([[x.out, list(x.args.values())] for x in steps]):
+                if isinstance(value, Labels):
+                    ids.update({id(layer.ids): layer.ids for layer in value.layers})
+            flat = [np.empty(0, np.int64), *(x.ravel() for x in ids.values())]
+            found[path] = np.unique(np.concatenate(flat))
+        return found
+
+    def _capture(self, module: nn.Module, calls: list[Data], batches: int) -> Forward:
         """Capture a forward once for all modules that have the same code and numbers."""
         key = _key(module, calls)
         if key not in self._captured:
             try:
-                self._captured[key] = capture(module, calls)
+                self._captured[key] = self._any_or_one_size(module, calls, batches)
             except Uncapturable as reason:
                 self._captured[key] = str(reason)
         found = self._captured[key]
@@ -148,26 +159,43 @@ class Replacements:
             raise Uncapturable(found)
         return found
 
+    def _any_or_one_size(self, module: nn.Module, calls: list[Data], batches: int) -> Forward:
+        if type(module) not in self._slow:
+            try:
+                return capture(module, calls, batches)
+            except TooSlow:
+                self._slow.add(type(module))
+        return capture(module, calls, batches, any_size=False)
+
     @cached_property
     def _calls(self) -> dict[str, list[Data]]:
         """What every module with literal sizes is called with, at several sizes of the inputs."""
         paths = list(self.steps)
-        calls: dict[str, list[Data]] = {path: [] for path in paths}
         args, kwargs = self.trace.args, self.trace.kwargs
         model, device = _meta_copy(self.model), "meta"
-        if not _runs(model, paths, *_varied(args, kwargs, device, 1, 1)):
+        whole = _runs(model, paths, *_varied(args, kwargs, device, 1))
+        if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
+            self._batches = {}
+            return {}  # there are no values to run it on
+        if not whole:
             model, device = self.model, "cpu"
-        first: dict[str, list[Data]] = {}
-        for batch, other in ((2, 1), (3, 1), (2, 2)) if device == "meta" else ((2, 1), (3, 1)):
-            varied = _varied(args, kwargs, device, batch, other)
-            found = _runs(model, paths, *varied)
-            first = first or found
+            whole = _runs(model, paths, *_varied(args, kwargs, device, 1))
+        first = _runs(model, paths, *_varied(args, kwargs, device, 2)) or whole
+        calls = {path: list(given) for path, given in first.items()}
+
+        def vary(batch: int, axes: tuple[int, ...]) -> bool:
+            found = _runs(model, paths, *_varied(args, kwargs, device, batch, axes))
             for path, given in found.items():
-                if len(given) == len(first[path]):
-                    calls[path] += given
-        if not first:
-            found = _runs(model, paths, *_varied(args, kwargs, device, 1, 1))
-            calls.update(found)
+                calls[path] += given if len(given) == len(first[path]) else []
+            return bool(found)
+
+        vary(3, ())
+        self._batches = {path: list(given) for path, given in calls.items()}
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        axes = tuple(range(1, max((x.ndim for x in tensors), default=1)))
+        if device == "meta" and not vary(2, axes):
+            for axis in axes if len(axes) > 1 else ():
+                vary(2, (axis,))
         return calls
 
 
@@ -194,8 +222,12 @@ def _runs(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[st
             module.training = mode
 
 
-def _varied(args: Any, kwargs: Any, device: str, batch: int, other: int) -> tuple[Any, Any]:
-    """Return the inputs with `batch` times the batch, and `other` times every other long axis."""
+def _varied(
+    args: Any, kwargs: Any, device: str, batch: int, axes: tuple[int, ...] = ()
+) -> tuple[Any, Any]:
+    """Return the inputs with `batch` times the batch, and twice as long along `axes`; a short axis
+    is that of an image's channels, and stays.
+    """
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     size = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
 
@@ -203,7 +235,7 @@ def _varied(args: Any, kwargs: Any, device: str, batch: int, other: int) -> tupl
         if not isinstance(value, torch.Tensor) or not value.ndim:
             return value
         times = [batch if value.shape[0] == size else 1]
-        times += [other if n > 4 else 1 for n in value.shape[1:]]
+        times += [2 if k in axes and n > 4 else 1 for k, n in enumerate(value.shape[1:], 1)]
         return value.to(device).repeat(times)
 
     return pytree.tree_map(vary, (args, kwargs))

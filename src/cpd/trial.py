@@ -214,18 +214,23 @@ def _classes(family: Family) -> list[int]:
 
 
 def _suspects(groups: Groups) -> dict[object, list[Family]]:
-    """Families that change a literal size, by the classes of the modules whose literals they
-    change.
+    """Families that change a literal size or pass through a module that has one, by the classes of
+    these modules: code may compute what stands in its place from any width that it sees.
     """
     touched: dict[tuple[str, str], Mask] = {}
+    through: dict[str, str] = {}
     for step, size in ((x, size) for x in groups.steps for size in x.sizes):
         module = groups.model.get_submodule(location(step.node)[0])
         if isinstance(module, NORM_AND_CONV):
             continue  # its attributes are known
+        through[location(step.node)[0]] = type(module).__name__
         place = (type(module).__name__, size.arg)
         mask = touched.setdefault(place, np.zeros(groups.units.count, bool))
         for layer in (x for x in size.labels.layers if size.axis in x.axes):
             mask[groups.units.label[layer.ids]] = True
+    for path, kind in through.items():
+        mask = touched.setdefault((kind, ""), np.zeros(groups.units.count, bool))
+        mask[groups.units.label[groups.replaced.passing(path)]] = True
     found: dict[object, list[Family]] = {}
     for family in groups.units.families:
         closure = groups.units.closure(_classes(family))

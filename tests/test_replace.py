@@ -1,0 +1,176 @@
+"""Modules whose code computes sizes: their forwards follow a cut as data, or their channels stay."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cpd
+from cpd.errors import ArtefactError, InputError
+from cpd.forward import Forward
+
+
+class Counted(nn.Module):
+    """Attention that computes its head size from the input's width."""
+
+    def __init__(self, width: int = 24, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.drop = nn.Dropout(0.1)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads).unbind(2)
+        scores = torch.einsum("nqhd,nkhd->nhqk", q, k) * (width // self.heads) ** -0.5
+        scores = scores if mask is None else scores + mask
+        weights = F.dropout(self.drop(scores.softmax(-1)), 0.1, self.training)
+        return self.proj(torch.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, length, width))
+
+
+class Written(nn.Module):
+    """Heads as bare numbers in the code, positions from the input's resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
+        self.query = nn.Linear(24, 24)
+        self.key = nn.Linear(24, 24)
+        self.value = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, _, height, width = x.shape
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = (
+            f(x).view(n, -1, 3, 8).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
+        x = F.scaled_dot_product_attention(q, k, v)
+        x = x.transpose(1, 2).reshape(n, height // 2 * (width // 2), 24)
+        scale = torch.ones(1, dtype=x.dtype, device=x.device)
+        return self.head((x * scale).mean(1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 24), Counted(), nn.Tanh(), nn.Linear(24, 5)).eval()
+
+
+def pruned(model: nn.Module, x: torch.Tensor, **options: object) -> tuple[nn.Module, cpd.Plan]:
+    return cpd.prune(model, x, importance="random", target="macs=0.5", **options)
+
+
+def test_heads_of_a_computed_size_go() -> None:
+    groups = cpd.comb(network(), torch.randn(2, 7, 6))
+    assert {f.kind for g in groups for f in g.families} >= {"heads"}
+    model, x = network(), torch.randn(2, 7, 6)
+    small, plan = pruned(model, x)
+    assert list(plan.forwards) == ["1"]
+    assert isinstance(small[1], Counted)
+    assert type(small[1]).__name__ == "Counted"
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert type(model[1]) is Counted
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 6), (5, 7, 6), (2, 3, 6), (3, 19, 6)])
+def test_batch_and_length_stay_free(shape: tuple[int, ...]) -> None:
+    model, x = network().double(), torch.randn(2, 7, 6, dtype=torch.float64)
+    small, plan = pruned(model, x, exact=True)
+    other = torch.randn(shape, dtype=torch.float64)
+    assert cpd.verify(model, small, plan, other)
+
+
+def test_resolution_stays_free() -> None:
+    torch.manual_seed(0)
+    model, x = Written().eval().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small, plan = pruned(model, x)
+    assert list(plan.forwards) == [""]
+    assert cpd.verify(model, small, plan, torch.randn(3, 3, 12, 6, dtype=torch.float64))
+
+
+def test_dropout_and_training_stay_alive() -> None:
+    x = torch.randn(2, 7, 6)
+    small, _ = pruned(network(), x)
+    assert torch.equal(small(x), small(x))
+    small.train()
+    assert not torch.equal(small(x), small(x))
+    small(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    small[1].drop.p = 0.0
+    assert not torch.equal(small(x), small(x))  # the functional one is left
+    small.eval()
+    assert torch.equal(small(x), small(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_follow_the_inputs(dtype: torch.dtype) -> None:
+    model, x = Written().eval(), torch.randn(2, 3, 8, 8)
+    small, _ = pruned(model, x)
+    assert small.to(dtype)(x.to(dtype)).dtype is dtype
+
+
+def test_copies_and_files_and_exports() -> None:
+    model, x = network(), torch.randn(2, 7, 6)
+    small, plan = pruned(model, x)
+    wanted = small(x)
+    assert torch.equal(copy.deepcopy(small)(x), wanted)
+    again = cpd.cut(model, cpd.Plan.from_json(plan.to_json()))
+    assert torch.equal(again(x), wanted)
+    again.load_state_dict(small.state_dict())
+    exported = torch.export.export(small, (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), wanted)
+    compiled = torch.compile(small, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), wanted)
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), wanted)
+
+
+def test_cut_twice() -> None:
+    model, x = network().double(), torch.randn(2, 7, 6, dtype=torch.float64)
+    small, first = pruned(model, x)
+    smaller, second = cpd.prune(small, x, importance="random", target="macs=0.6")
+    at_once = cpd.cut(model, first.then(second))
+    torch.testing.assert_close(at_once(x), smaller(x), rtol=1e-9, atol=1e-12)
+
+
+def test_the_class_is_kept_where_asked() -> None:
+    model, x = network(), torch.randn(2, 7, 6)
+    groups = cpd.comb(model, x, keep_class="strict")
+    assert "heads" not in {f.kind for g in groups for f in g.families}
+    assert any("cannot follow" in frozen.reason for frozen in groups.frozen)
+    small, plan = pruned(model, x, keep_class="strict", unreachable="closest")
+    assert not plan.forwards
+    assert type(small[1]) is Counted
+
+
+def test_other_arguments_than_traced() -> None:
+    x = torch.randn(2, 7, 6)
+    small, _ = pruned(network(), x)
+    with pytest.raises(InputError, match="mask is a tensor, but .* cut for None"):
+        small[1](torch.randn(2, 7, small[0].out_features), torch.zeros(7, 7))
+
+
+def test_no_code_comes_from_a_file() -> None:
+    x = torch.randn(2, 7, 6)
+    _, plan = pruned(network(), x)
+    data = json.loads(plan.to_json())
+    for op in ("aten.from_file.default", "os.system", "builtins.eval", "aten.nothing.default"):
+        data["forwards"]["1"]["graphs"]["eval"][1]["op"] = op
+        with pytest.raises(ArtefactError, match="no operator that a forward may call"):
+            cpd.Plan.from_json(json.dumps(data))
+
+
+def test_data_is_the_same_after_json() -> None:
+    x = torch.randn(2, 7, 6)
+    _, plan = pruned(network(), x)
+    forward = plan.forwards["1"]
+    assert Forward.from_data(json.loads(json.dumps(forward.to_data()))) == forward
