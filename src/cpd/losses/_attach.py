@@ -108,7 +108,8 @@ class Attached:
         term = self.losses.terms[number]
         if not term.stateful:
             return valued(term, own, other, seen)
-        made = self.modules[self.names[number, path]](own, other, seen.labels)
+        module = self.modules[self.names[number, path]]
+        made = module(own.float(), other.float(), seen.labels)  # its parameters are float32
         factor = term.factor(seen.step, seen.total)
         single = len(made) == 1
         names = {inside: term.name if single else f"{term.name}.{inside}" for inside in made}
