@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..labels import Labels, permute, reshape, spread, squeeze_constant
+from ..labels import Labels, Layer, permute, reshape, spread, squeeze_constant
 from ._copies import copied, expanded
 from .base import Call, align, positive, rule
 
@@ -235,14 +235,17 @@ def unfold(call: Call) -> Labels:
 
 @rule("meshgrid")
 def meshgrid(call: Call) -> list[Labels]:
-    """Each tensor along an axis of its own."""
+    """Each tensor along an axis of its own, and as wide as the others along theirs."""
     tensors = call.args["tensors"]
     axes = list(range(len(tensors)))
     if call.args.get("indexing") == "xy" and len(axes) > 1:
         axes[:2] = [1, 0]
+    along = [(x, k) for x, k in zip(tensors, axes, strict=True) if len(x.shape) == 1]
     return [
-        Labels(shape, tuple(replace(e, axes=(axis,)) for e in x.layers))
-        for x, axis, shape in zip(tensors, axes, call.out, strict=True)
+        Labels(
+            shape, tuple(Layer((k,), e.ids, e.zero and t is x) for x, k in along for e in x.layers)
+        )
+        for t, shape in zip(tensors, call.out, strict=True)
     ]
 
 
