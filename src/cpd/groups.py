@@ -214,6 +214,22 @@ class Groups:
             for group, held in zip(self.groups, found, strict=True)
         }
 
+    def held_lines(self) -> list[str]:
+        """What goes only with others and why, in words; a line for each line of code."""
+        found: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+        for name, reason in ((name, reason) for name, mine in self.held.items() for reason in mine):
+            at = (reason.text, reason.place.op, reason.place.source)
+            found.setdefault(at, []).append((name, reason.place.path))
+        lines = []
+        for (text, op, source), mine in list(found.items())[:_HELD]:
+            names, paths = (
+                list(dict.fromkeys(filter(None, words))) for words in zip(*mine, strict=True)
+            )
+            lines.append(f"    {_first(names)}: {Reason(text, Place(op, _first(paths), source))}")
+        if len(found) > _HELD:
+            lines.append(f"    and {len(found) - _HELD} more reasons")
+        return ["  held back, to go only with others:", *lines] if lines else []
+
     def _owners(self) -> tuple[Ids, Ids]:
         """Return for each class the number of its group, or -1, and its place in that."""
         owner = np.full(self.units.count, -1, np.int64)
@@ -279,7 +295,7 @@ class Groups:
         if self.groups:
             lines += _aligned([_HEAD, *(_row(group) for group in self.groups)])
         lines += _kept_lines(self.kept)
-        lines += _held_lines(self.held)
+        lines += self.held_lines()
         return "\n".join(lines)
 
 
@@ -349,22 +365,6 @@ def _kept(frozen: Iterable[Frozen]) -> tuple[Kept, ...]:
         for reason, lines in found.items()
         for at, items in lines.items()
     )
-
-
-def _held_lines(held: dict[str, tuple[Reason, ...]]) -> list[str]:
-    found: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
-    for name, reason in ((name, reason) for name, mine in held.items() for reason in mine):
-        at = (reason.text, reason.place.op, reason.place.source)
-        found.setdefault(at, []).append((name, reason.place.path))
-    lines = []
-    for (text, op, source), mine in list(found.items())[:_HELD]:
-        names, paths = (
-            list(dict.fromkeys(filter(None, words))) for words in zip(*mine, strict=True)
-        )
-        lines.append(f"    {_first(names)}: {Reason(text, Place(op, _first(paths), source))}")
-    if len(found) > _HELD:
-        lines.append(f"    and {len(found) - _HELD} more reasons")
-    return ["  held back, to go only with others:", *lines] if lines else []
 
 
 def _kept_lines(kept: tuple[Kept, ...]) -> list[str]:

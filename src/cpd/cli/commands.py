@@ -64,6 +64,8 @@ class Shell:
         seconds = perf_counter() - begun
         self.console.print(group_table(groups))
         self.console.print(kept_table(groups.kept))
+        for line in groups.held_lines():
+            self.console.print(line.strip(), markup=False, highlight=False, soft_wrap=True)
         self.console.print(coverage(groups, seconds))
         if dot is not None:
             explain(groups).dot(dot)
