@@ -107,15 +107,7 @@ def _graph(
         for name, value in vars(copied).items()
         if isinstance(value, torch.Tensor)
     }
-    leaves, _ = leaves_of(call)
-    inputs = [
-        _fake(fake, value, axes, dtype)
-        if isinstance(value, torch.Tensor)
-        else _symbol(env, value, k)
-        if axes[0]
-        else value
-        for k, (value, axes) in enumerate(zip(leaves, varying, strict=True))
-    ]
+    inputs = _fake_inputs(fake, env, call, varying, dtype)
     sources = sources_of(inputs)
     returned: dict[str, Any] = {}
 
@@ -131,21 +123,42 @@ def _graph(
         return flat
 
     budget = _Budget() if any(any(axes) for axes in varying) else nullcontext()
+    with fake, torch.no_grad(), budget:
+        traced = _made(run, tensors, plain, inputs)
+    _name_inputs(traced, [*tensors, *plain])
+    check_guards(traced.graph, env, sources)
+    _structure(traced.graph, returned)
+    return traced.graph
+
+
+def _made(run: Any, *args: Any) -> fx.GraphModule:
     try:
-        with fake, torch.no_grad(), budget:
-            traced = proxy_tensor.make_fx(
-                run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
-            )(tensors, plain, inputs)
+        make = proxy_tensor.make_fx(
+            run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
+        )
+        return make(*args)
     except (Uncapturable, TooSlow):
         raise
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
         raise Uncapturable(f"{type(error).__name__}: {text}") from error
-    names = [*tensors, *plain]
-    _name_inputs(traced, names)
-    check_guards(traced.graph, env, sources)
-    _structure(traced.graph, returned)
-    return traced.graph
+
+
+def _fake_inputs(
+    mode: FakeTensorMode,
+    env: ShapeEnv,
+    call: Data,
+    varying: list[tuple[bool, ...]],
+    dtype: torch.dtype,
+) -> list[Any]:
+    """Return inputs without values; an integer that varies is a symbol."""
+    made: list[Any] = []
+    for k, (value, axes) in enumerate(zip(leaves_of(call)[0], varying, strict=True)):
+        if isinstance(value, torch.Tensor):
+            made.append(_fake(mode, value, axes, dtype))
+        else:
+            made.append(_symbol(env, value, k) if axes[0] else value)
+    return made
 
 
 def _fake(

@@ -41,23 +41,20 @@ def check_guards(graph: fx.Graph, env: ShapeEnv, sources: dict[Any, Source]) -> 
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(placeholders[-1].next):
         for expr in guards:
-            if getattr(expr, "rel_op", "") == "==" and expr.rhs.is_number:
-                raise Uncapturable("its code fixes a size of its inputs, as len() does")
-            symbols = {}
-            for symbol in expr.free_symbols:
-                if symbol not in sources:
-                    raise Uncapturable("it branches on more than its inputs' sizes")
-                number, axis = sources[symbol]
-                made = fx.Proxy(placeholders[number], tracer)
-                args = (made, axis)
-                symbols[symbol] = (
-                    made
-                    if axis is None
-                    else tracer.create_proxy("call_function", torch.ops.aten.sym_size.int, args, {})
-                )
-            holds = sympy_interp(PythonReferenceAnalysis, symbols, expr)
+            if not expr.free_symbols <= sources.keys():
+                raise Uncapturable("it branches on more than its inputs' sizes")
+            sizes = {x: _size(tracer, placeholders, sources[x]) for x in expr.free_symbols}
+            holds = sympy_interp(PythonReferenceAnalysis, sizes, expr)
             if isinstance(holds, fx.Proxy):
                 tracer.create_proxy("call_function", torch._check, (holds,), {})
+
+
+def _size(tracer: Any, placeholders: list[fx.Node], source: Source) -> fx.Proxy:
+    number, axis = source
+    made = fx.Proxy(placeholders[number], tracer)
+    if axis is None:
+        return made
+    return tracer.create_proxy("call_function", torch.ops.aten.sym_size.int, (made, axis), {})
 
 
 def _branches(guard: Any) -> bool:

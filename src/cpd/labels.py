@@ -256,20 +256,23 @@ def _absorb(labels: Labels, axes: Sequence[int], channels: Channels) -> Labels:
     for axis in axes:
         same = sorted((x for x in labels.layers if x.owner == axis), key=lambda x: len(x.axes))
         for narrow, wide in zip(same[:-1], same[1:], strict=True):
+            _absorb_one(narrow, wide, channels)
             rest = tuple(x for x in labels.layers if x is not narrow)
-            if not set(narrow.axes) <= set(wide.axes):
-                why = "two axes coupled to a third are merged"
-                channels.freeze(narrow.ids, why)
-                channels.freeze(wide.ids, why)
-            else:
-                first = [wide.axes.index(x) for x in narrow.axes]
-                others = [k for k in range(wide.ids.ndim) if k not in first]
-                ids = wide.ids.transpose([*first, *others])
-                while ids.ndim > len(first):
-                    ids = channels.rows(ids)
-                channels.unite(ids, narrow.ids)
             labels = replace(labels, layers=rest)
     return labels
+
+
+def _absorb_one(narrow: Layer, wide: Layer, channels: Channels) -> None:
+    if not set(narrow.axes) <= set(wide.axes):
+        why = "two axes coupled to a third are merged"
+        channels.freeze(narrow.ids, why)
+        channels.freeze(wide.ids, why)
+        return
+    first = [wide.axes.index(x) for x in narrow.axes]
+    ids = wide.ids.transpose([*first, *(k for k in range(wide.ids.ndim) if k not in first)])
+    while ids.ndim > len(first):
+        ids = channels.rows(ids)
+    channels.unite(ids, narrow.ids)
 
 
 def _joined(outer: Layer, inner: Layer, channels: Channels) -> Layer:

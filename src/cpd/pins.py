@@ -118,12 +118,12 @@ def freeze_computed_scales(model: nn.Module, reader: Reader, replaced: Replaceme
 
 def _roots(reader: Reader, node: Any, scale: float) -> Iterator[Layer]:
     """Return the layers of axes whose size's root is the scale."""
-    for labels in _operands(reader, node):
-        for axis, size in enumerate(labels.shape):
-            if labels.carries(axis) and any(isclose(scale, size**p) for p in (0.5, -0.5)):
-                layer = labels.at(axis, reader.channels)
-                if layer is not None:
-                    yield layer
+    places = [(x, axis) for x in _operands(reader, node) for axis in range(len(x.shape))]
+    for labels, axis in places:
+        root = any(isclose(scale, labels.shape[axis] ** p) for p in (0.5, -0.5))
+        layer = labels.at(axis, reader.channels) if root and labels.carries(axis) else None
+        if layer is not None:
+            yield layer
 
 
 def _operands(reader: Reader, node: Any) -> list[Labels]:
