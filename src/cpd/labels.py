@@ -10,6 +10,7 @@ NumPy only.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -255,7 +256,7 @@ def _absorb(labels: Labels, axes: Sequence[int], channels: Channels) -> Labels:
     """
     for axis in axes:
         same = sorted((x for x in labels.layers if x.owner == axis), key=lambda x: len(x.axes))
-        for narrow, wide in zip(same[:-1], same[1:], strict=True):
+        for narrow, wide in itertools.pairwise(same):
             _absorb_one(narrow, wide, channels)
             rest = tuple(x for x in labels.layers if x is not narrow)
             labels = replace(labels, layers=rest)
