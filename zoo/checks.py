@@ -138,8 +138,8 @@ def copies(whole: Whole, small: nn.Module) -> str:
     names = list(model.state_dict())
     if list(small.state_dict()) != names:
         return "the state dict has other names"
-    if type(small) is not type(model):
-        return f"is a {type(small).__name__}"
+    if not isinstance(small, type(model)):
+        return f"is a {type(small).__name__}"  # a subclass is one whose own forward was replaced
     wanted = call(small, inputs)
     twin = copy.deepcopy(small)
     if difference(call(twin, inputs), wanted) > 0:
