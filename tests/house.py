@@ -75,7 +75,7 @@ EXTRAS = (
 
 # Modules that may need an extra to be imported at all -> why.
 NEEDS_EXTRAS: dict[str, str] = {
-    "cpd.tasks._confusion": "a subclass of torchmetrics.Metric; imported inside Segmentation.metrics",
+    "cpd.tasks._confusion": "a subclass of torchmetrics.Metric; imported in Segmentation.metrics",
     "cpd.tasks._topk": "a subclass of torchmetrics.Metric; imported inside Classification.metrics",
 }
 

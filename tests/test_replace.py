@@ -1,4 +1,4 @@
-"""Modules whose code computes sizes: their forwards follow a cut as data, or their channels stay."""
+"""Modules whose code computes sizes: their forwards follow a cut, or their channels stay."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_the_class_is_kept_where_asked() -> None:
 def test_other_arguments_than_traced() -> None:
     x = torch.randn(2, 7, 6)
     small, _ = pruned(network(), x)
-    with pytest.raises(InputError, match="mask is a tensor, but .* cut for None"):
+    with pytest.raises(InputError, match=r"mask is a tensor, but .* cut for None"):
         small[1](torch.randn(2, 7, small[0].out_features), torch.zeros(7, 7))
 
 

@@ -202,7 +202,8 @@ def _groups_for(
         (found.trace.args, found.trace.kwargs)
     ):
         return found
-    options = {key: plan.options[key] for key in ("exact", "unknown") if key in plan.options}
+    keys = ("exact", "unknown", "keep_class")
+    options = {key: plan.options[key] for key in keys if key in plan.options}
     return comb(model, kwargs or args, **options)
 
 

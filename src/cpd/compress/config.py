@@ -65,6 +65,8 @@ class CompressConfig:
         ignore: modules or names whose width stays.
         exact: keep the width of all that feeds a statistic across channels.
         unknown: what to do at an operation without a rule: "freeze" or "error".
+        keep_class: "loose" lets a module whose own code cannot follow run a forward as data;
+            "strict" keeps its channels instead.
         interval: steps over which importance is accumulated before each pruning event.
         events: pruning events until the target; nothing: as many as ``step`` asks for, or 10.
         step: largest share of a cost to take at one event, in place of ``events``.
@@ -100,6 +102,7 @@ class CompressConfig:
     ignore: list[str] = field(default_factory=list)
     exact: bool = False
     unknown: str = "freeze"
+    keep_class: str = "loose"
     interval: int = 50
     events: int | None = None
     step: float | None = None

@@ -65,7 +65,7 @@ class Events(Callback):
     def on_start(self, state: State) -> None:  # noqa: ARG002
         """Begin to watch, and mask what is gone already."""
         if self.batches:  # traced before anything is hooked
-            options = {key: getattr(self.config, key) for key in ("exact", "unknown")}
+            options = {key: getattr(self.config, key) for key in ("exact", "unknown", "keep_class")}
             first = to_device(self.batches[0], next(self.student.parameters()).device)
             self.calibrated = comb(self.student, first, **options)
         self.importance.start(self.student, self.groups)

@@ -187,6 +187,7 @@ class Run:
             ignore=config.ignore,
             exact=config.exact,
             unknown=config.unknown,
+            keep_class=config.keep_class,
         )
         equal = {group.name: torch.ones(group.size, dtype=torch.float64) for group in groups}
         plan = choose(groups, equal, config.target_at(config.count), **config.choice)
