@@ -14,7 +14,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import nn
 
 import cpd
@@ -33,7 +33,10 @@ LEAST = 0.2  # of the parameters, on average: a generator that prunes nothing pr
 
 def quick(examples: int) -> Any:
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=examples, suppress_health_check=quiet, database=None)
+    phases = (Phase.explicit, Phase.generate)  # `make fuzz` makes a failure small
+    return settings(
+        max_examples=examples, suppress_health_check=quiet, database=None, phases=phases
+    )
 
 
 @pytest.mark.parametrize("part", range(PARTS))

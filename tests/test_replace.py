@@ -152,6 +152,25 @@ def test_the_class_is_kept_where_asked() -> None:
     assert type(small[1]) is Counted
 
 
+class Measured(Counted):
+    """Code that asks for the batch as a plain number, which a trace cannot leave open."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x.view(len(x), -1, x.shape[-1]), mask)
+
+
+def test_a_batch_is_never_written_down() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), Measured(), nn.Linear(24, 5)).eval()
+    x = torch.randn(2, 7, 6)
+    small, plan = pruned(model, x, unreachable="closest")
+    assert not plan.forwards
+    assert cpd.verify(model, small, plan, torch.randn(5, 7, 6))
+    groups = cpd.comb(model, x)
+    assert "len()" in groups.replaced.why_not["1"]
+    assert any("len()" in frozen.reason for frozen in groups.frozen)
+
+
 def test_other_arguments_than_traced() -> None:
     x = torch.randn(2, 7, 6)
     small, _ = pruned(network(), x)

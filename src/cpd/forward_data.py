@@ -41,6 +41,8 @@ def check_guards(graph: fx.Graph, env: ShapeEnv, sources: dict[Any, Source]) -> 
     tracer = fx.proxy.GraphAppendingTracer(graph)
     with graph.inserting_before(placeholders[-1].next):
         for expr in guards:
+            if getattr(expr, "rel_op", "") == "==" and expr.rhs.is_number:
+                raise Uncapturable("its code fixes a size of its inputs, as len() does")
             if not expr.free_symbols <= sources.keys():
                 raise Uncapturable("it branches on more than its inputs' sizes")
             sizes = {x: _size(tracer, placeholders, sources[x]) for x in expr.free_symbols}

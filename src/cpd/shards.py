@@ -192,20 +192,27 @@ def _entries(
     for file in sorted(set(files.values())):
         with _opened(source / file) as reader:
             held = set(reader.keys())
-            for stored in sorted(name for name, at in files.items() if at == file):
-                if stored not in held:
-                    raise ArtefactError(
-                        f"{source / file} lacks {stored!r}, which the index says is there. Copy "
-                        "the checkpoint again."
-                    )
+            mine = sorted(name for name, at in files.items() if at == file)
+            lacks = next((name for name in mine if name not in held), None)
+            if lacks is not None:
+                raise ArtefactError(
+                    f"{source / file} lacks {lacks!r}, which the index says is there. Copy the "
+                    "checkpoint again."
+                )
+            for stored in mine:
                 view = reader.get_slice(stored)
                 shape = tuple(int(size) for size in view.get_shape())
-                if view.get_dtype() not in _BYTES:
-                    raise ArtefactError(
-                        f"{source / file}: {stored!r} is of type {view.get_dtype()}, which cannot "
-                        f"be cut. Convert it to one of {', '.join(_BYTES)}."
-                    )
-                yield stored, _Entry(names(stored), file, str(view.get_dtype()), shape)
+                kind = _known_type(str(view.get_dtype()), f"{source / file}: {stored!r}")
+                yield stored, _Entry(names(stored), file, kind, shape)
+
+
+def _known_type(kind: str, where: str) -> str:
+    if kind not in _BYTES:
+        raise ArtefactError(
+            f"{where} is of type {kind}, which cannot be cut. Convert it to one of "
+            f"{', '.join(_BYTES)}."
+        )
+    return kind
 
 
 # Fitting
