@@ -171,6 +171,45 @@ def test_a_batch_is_never_written_down() -> None:
     assert any("len()" in frozen.reason for frozen in groups.frozen)
 
 
+class Remembering(Counted):
+    """A module that says by itself what a copy of it holds."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"heads": self.heads, "modules": self._modules, "training": self.training}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        nn.Module.__init__(self)
+        self.heads, self._modules = state["heads"], state["modules"]  # type: ignore[assignment]
+        self.training = bool(state["training"])
+
+
+def test_a_module_with_a_copying_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), Remembering(), nn.Linear(24, 5)).eval()
+    x = torch.randn(2, 7, 6)
+    small, plan = pruned(model, x)
+    assert list(plan.forwards) == ["1"]
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+
+
+class Sliced(nn.Module):
+    """All but the last of a list of layers, as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.Linear(9, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[-1](self.layers[:-1](x).view(x.shape[0], -1))
+
+
+def test_a_part_of_a_list_of_modules() -> None:
+    torch.manual_seed(0)
+    small, plan = pruned(Sliced().eval(), torch.randn(4, 6))
+    assert plan.new_shape("layers.0.weight")[0] < 12
+    assert small.layers[2].out_features < 9
+
+
 def test_other_arguments_than_traced() -> None:
     x = torch.randn(2, 7, 6)
     small, _ = pruned(network(), x)

@@ -144,6 +144,7 @@ def _subclass(kind: Any) -> type[nn.Module]:
         "forward": forward,
         "cut_from": kind,
         "__reduce_ex__": reduce,
+        "__setstate__": lambda self, state: self.__dict__.update(state),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,

@@ -188,9 +188,9 @@ def location(node: fx.Node) -> tuple[str, str]:
         return "", ""
     path, kind = list(stack.values())[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
-    return path.split("@")[0].removeprefix("L['self'].").removeprefix("L['self']"), kind.rsplit(
-        ".", 1
-    )[-1]
+    path = path.split("@")[0].removeprefix("L['self'].").removeprefix("L['self']")
+    path = path.partition("slice(")[0].removesuffix(".")  # a part of a list of modules has no path
+    return path, kind.rsplit(".", 1)[-1]
 
 
 def source_line(node: fx.Node) -> str:
