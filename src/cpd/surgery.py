@@ -23,6 +23,7 @@ Attributes = Mapping[str, Mapping[str, Any]]
 def share(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree that shares every parameter and buffer with the model."""
     result = _copy(model, {id(t): t for t in _tensors(model)})
+    _keep_modes(model, result)
     _drop_caches(result)
     return result
 
@@ -46,6 +47,7 @@ def rebuild(
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
         memo[id(old)] = tensor
     result = _copy(model, memo)
+    _keep_modes(model, result)
     for path, values in attributes.items():
         module = result.get_submodule(path)
         for name, value in values.items():
@@ -58,6 +60,13 @@ def rebuild(
     for path, forward in (forwards or {}).items():
         adopt(result.get_submodule(path), forward)
     return result
+
+
+def _keep_modes(model: nn.Module, result: nn.Module) -> None:
+    """Train or evaluate as the original does: a module that copies itself may forget it."""
+    modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
+    for path, module in result.named_modules(remove_duplicate=False):
+        module.training = modes.get(path, module.training)
 
 
 def _drop_caches(model: nn.Module) -> None:
