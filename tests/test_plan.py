@@ -91,7 +91,8 @@ def test_a_plan_prints_itself(plan: Plan) -> None:
     before, after = plan.costs["macs"]
     assert lines[1] == f"  macs: {before:,} -> {after:,} ({after / before:.1%})"
     changed = [w for w in plan.widths if w.before != w.after]
-    assert len(lines) == 3 + len(changed)
+    assert lines[3] == f"  {plan.notes[0]}"
+    assert len(lines) == 4 + len(changed)
     assert lines[-1].endswith(f"{changed[-1].before} -> {changed[-1].after} {changed[-1].family}")
 
 

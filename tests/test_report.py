@@ -51,6 +51,7 @@ def report(**changes: Any) -> Report:
         "config": {"target": "macs=0.5", "nested": {"lr": 0.1}},
         "environment": {"python": "3"},
         "proof": "verified: exact",
+        "notes": ("params: 2.00% below its budget; macs decides",),
         "title": "Digits",
     }
     return Report(**content | changes)
@@ -71,6 +72,8 @@ ONNX file        2.50 MB  500.00 kB     20.0 % (5.00× less)
 latency median  1.000 ms   0.500 ms     50.0 % (2.00× less)
 latency p90     1.500 ms   0.750 ms     50.0 % (2.00× less)
 latency p99     2.000 ms   1.000 ms     50.0 % (2.00× less)
+
+params: 2.00% below its budget; macs decides
 
 verified: exact
 """

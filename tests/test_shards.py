@@ -54,7 +54,7 @@ class Tower(nn.Module):
         return self.head(x + self.down(torch.relu(self.up(x)) * self.gain))
 
 
-def planned(model: nn.Module, target: str = "params=0.6") -> Plan:
+def planned(model: nn.Module, target: str = "params=0.3") -> Plan:
     groups = cpd.comb(model, (IDS.to(next(model.parameters()).device),))
     return cpd.choose(groups, cpd.importance.score("random", model, groups), target)
 

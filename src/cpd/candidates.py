@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil
@@ -37,7 +37,8 @@ class Candidates:
 
     `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what
     `ranking` compares, `units[i]` how many units go at once. `classes`: (candidate, class) pairs,
-    blocks with all that is in them.
+    blocks with all that is in them. `before`: the classes that are alive before anything goes;
+    `values`: the importance of each class.
     """
 
     groups: Groups
@@ -48,6 +49,8 @@ class Candidates:
     units: Ids
     classes: tuple[Ids, Ids]
     limited: int
+    before: Mask
+    values: Floats
 
     def __len__(self) -> int:
         return len(self.family)
@@ -62,6 +65,17 @@ class Candidates:
         candidate, classes = self.classes
         np.minimum.at(gone, classes, place[candidate])
         return gone
+
+    def without(self, gone: Sequence[int]) -> Mask:
+        """Return the classes that are alive once these candidates are gone."""
+        candidate, classes = self.classes
+        alive = self.before.copy()
+        alive[classes[np.isin(candidate, gone)]] = False
+        return alive
+
+    def lost(self, alive: Mask) -> float:
+        """Return the predicted loss: the importance of all that went, each channel once."""
+        return float(self.values[self.before & ~alive].sum())
 
     def kind(self, number: int) -> str:
         """Return the kind of a candidate's family."""
@@ -101,7 +115,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             pool = {"isomorphic": (group.kind, position), "uniform": len(sources)}
             pools.append(pool.get(rules.ranking, "all"))
             sources.append(Source(group, family, kept))
-    found = _gathered(groups, sources, parts, limited)
+    found = _gathered(groups, sources, parts, limited, (alive, values))
     _rank(found, pools, rules.ranking)
     return _protected(found, alive)
 
@@ -185,6 +199,7 @@ def _gathered(
     sources: list[Source],
     parts: list[tuple[NDArray[np.int64], Floats, list[int]]],
     limited: int,
+    held: tuple[Mask, Floats],
 ) -> Candidates:
     family, units, score, rows, classes = [], [], [], [], []
     first = 0
@@ -204,7 +219,7 @@ def _gathered(
     counts = np.concatenate(units or empty)
     key = total / np.maximum(counts, 1)
     return Candidates(
-        groups, sources, np.concatenate(family or empty), total, key, counts, pairs, limited
+        groups, sources, np.concatenate(family or empty), total, key, counts, pairs, limited, *held
     )
 
 
@@ -263,13 +278,7 @@ def _only(found: Candidates, stays: Mask) -> Candidates:
     index = np.cumsum(stays) - 1
     candidate, classes = found.classes
     pairs = stays[candidate]
-    return Candidates(
-        found.groups,
-        found.sources,
-        found.family[stays],
-        found.score[stays],
-        found.key[stays],
-        found.units[stays],
-        (index[candidate[pairs]], classes[pairs]),
-        found.limited,
-    )
+    left = (found.family[stays], found.score[stays], found.key[stays], found.units[stays])
+    pairs_left = (index[candidate[pairs]], classes[pairs])
+    held = (found.limited, found.before, found.values)
+    return Candidates(found.groups, found.sources, *left, pairs_left, *held)

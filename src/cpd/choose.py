@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ._shelf import one
+from .budgets import COSTS, budgets, notes, parse_target, shortest
 from .candidates import Candidates, Rules, candidates
-from .channels import Ids
 from .errors import InputError, UnknownName, UnreachableTarget
 from .groups import Groups
 from .labels import Mask
@@ -25,48 +25,6 @@ from .strategies import STRATEGIES
 
 Strategy = Callable[[Candidates], Sequence[int]]
 RANKINGS = ("isomorphic", "global", "uniform")
-
-
-def parse_target(
-    target: str | Mapping[str, float], costs: Sequence[str] | None = None
-) -> dict[str, float]:
-    """Return cost -> share of a target such as "macs=0.5", "macs=0.5,params=0.6" or a dict.
-
-    `costs`: the names that are known; any name where it is None.
-
-    Raises `InputError` for another form, a cost named twice and shares that are not in (0, 1],
-    `UnknownName` for unknown costs.
-    """
-    if isinstance(target, str):
-        pairs: list[tuple[str, Any]] = [part.partition("=")[::2] for part in target.split(",")]
-    elif isinstance(target, Mapping):
-        pairs = [(key, value) for key, value in target.items()]
-    else:
-        raise InputError(f'target is {target!r}; give a string like "macs=0.5" or a dict')
-    shares: dict[str, float] = {}
-    for key, value in pairs:
-        name = str(key).strip()
-        if costs is not None and name not in costs:
-            raise UnknownName("cost in the target", name, costs)
-        if name in shares:
-            raise InputError(f"target names {name} twice: {target!r}; give each cost one share")
-        shares[name] = _share_left(name, value)
-    if not shares:
-        raise InputError('target is empty; give a string like "macs=0.5"')
-    return shares
-
-
-def _share_left(name: str, value: Any) -> float:
-    try:
-        share = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f'target {name}={value!r} is not a number; write "{name}=0.5"') from error
-    if not 0 < share <= 1:
-        raise InputError(
-            f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
-            "(0.5 keeps half)"
-        )
-    return share
 
 
 def choose(
@@ -105,7 +63,7 @@ def choose(
         UnreachableTarget: with the closest reachable costs and what blocks more.
         InputError: scores, target or options that cannot be used.
     """
-    shares = parse_target(target, tuple(groups.costs))
+    shares = parse_target(target, COSTS)
     if unreachable not in ("error", "closest"):
         raise UnknownName("handling of unreachable targets", unreachable, ("error", "closest"))
     if ranking not in RANKINGS:
@@ -113,9 +71,11 @@ def choose(
     _check_options(multiple_of, min_keep)
     before = groups.everything() if start is None else alive_of(groups, start)
     rules = Rules(ranking, multiple_of, min_keep, dict(limits or {}), seed)
+    allowed = budgets(groups, shares)
     found = candidates(groups, scores, before, rules)
     order = np.asarray(_strategy(strategy)(found), np.int64)
-    alive, met = _shortest(groups, found, order, before, shares)
+    gone, met = shortest(found, allowed, order)
+    alive = found.without(gone)
     if not met and unreachable == "error":
         raise _unreachable(groups, found, alive, shares)
     name = strategy if isinstance(strategy, str) else getattr(strategy, "__name__", "own")
@@ -123,7 +83,8 @@ def choose(
         "target": shares, "strategy": name, "ranking": ranking, "multiple_of": multiple_of,
         "min_keep": min_keep, "limits": dict(limits or {}), "seed": seed, **groups.options,
     }  # fmt: skip
-    return plan_of(groups, alive, options)
+    told = notes(found, allowed, gone)
+    return plan_of(groups, alive, options, costs=tuple(shares), notes=told)
 
 
 def _check_options(multiple_of: int, min_keep: float) -> None:
@@ -140,59 +101,6 @@ def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
     if name not in STRATEGIES:
         raise UnknownName("strategy", name, STRATEGIES)
     return lambda found: STRATEGIES[name](found, **options)
-
-
-def _shortest(
-    groups: Groups,
-    found: Candidates,
-    order: Ids,
-    before: Mask,
-    shares: Mapping[str, float],
-) -> tuple[Mask, bool]:
-    """Return what is alive after the shortest run of `order` that meets all shares, and whether one
-    does.
-    """
-    last = len(order)
-    gone_at = found.gone_at(order, before)
-    everything = groups.everything()
-    budgets = {name: share * groups.cost(name, everything) for name, share in shares.items()}
-
-    def meets(alive: Mask) -> bool:
-        return all(groups.cost(name, alive) <= budget for name, budget in budgets.items())
-
-    if not meets(gone_at >= last):
-        return gone_at >= last, False
-    low, high = 0, last
-    while low < high:
-        middle = (low + high) // 2
-        if meets(gone_at >= middle):
-            high = middle
-        else:
-            low = middle + 1
-    return _given_back(found, order, before, high, meets), True
-
-
-def _given_back(
-    found: Candidates,
-    order: Ids,
-    before: Mask,
-    length: int,
-    meets: Callable[[Mask], bool],
-) -> Mask:
-    """Put back single channels that the last, big unit made unnecessary.
-
-    What they have in common with another unit that goes stays gone.
-    """
-    left = order[:length]
-    alive: Mask = found.gone_at(left, before) >= length
-    for number in order[max(length - 9, 0) : max(length - 1, 0)][::-1].tolist():
-        if found.kind(number) != "channels" or found.units[number] != 1:
-            continue
-        fewer = left[left != number]
-        with_it = found.gone_at(fewer, before) >= len(fewer)
-        if meets(with_it):
-            left, alive = fewer, with_it
-    return alive
 
 
 def _unreachable(

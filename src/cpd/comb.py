@@ -16,14 +16,15 @@ from torch import nn
 
 from .channels import Ids, components
 from .errors import InputError, TraceError, UnknownName
-from .graph import Pinned, Reader, Terms
+from .graph import Pinned, Reader
 from .groups import CouplingGroup, Groups, frozen_axes
 from .kinds import attended, named_families
 from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
 from .replace import Replacements
-from .rules import Factor, Size
+from .rules import Size
 from .sizes import find_sites
+from .terms import Terms, factors_of
 from .trace import Inputs, Trace, location, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
 from .units import Family, Units, solve
@@ -238,18 +239,8 @@ def _build(
 
 
 def _param_terms(model: nn.Module, reader: Reader) -> Terms:
-    terms: list[tuple[int, tuple[Factor, ...]]] = []
-    for name, parameter in model.named_parameters():
-        labels = reader.labels[reader.trace.aliases[name]]
-        times, factors = 1, []
-        for axis, size in enumerate(parameter.shape):
-            layer = labels.owned(axis) or next((x for x in labels.layers if axis in x.axes), None)
-            if layer is None:
-                times *= size
-            else:
-                factors.append(Factor(layer, layer.axes.index(axis)))
-        terms.append((times, tuple(factors)))
-    return Terms(terms)
+    named = model.named_parameters()
+    return Terms(factors_of(reader.labels[reader.trace.aliases[n]], p.shape) for n, p in named)
 
 
 def finish(groups: Groups) -> Groups:

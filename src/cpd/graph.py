@@ -1,15 +1,13 @@
 """Reading the graph: every node's call goes through its rule; what the rules demand is collected.
 
-Values: `Step` (one node, its outputs' labels and literal sizes), `Terms` (a cost as sums of
-products of axis sizes), `Pinned` (rows of weights to rescale where an attention's default scale
-depends on the head size).
+Values: `Step` (one node, its outputs' labels and literal sizes), `Pinned` (rows of weights to
+rescale where an attention's default scale depends on the head size).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import fx
 
 from .channels import Channels, Ids, Place
 from .errors import TraceError
-from .labels import Labels, Layer, Mask, layer_size, live_size
+from .labels import Labels, Layer
 from .rules import Call, Factor, Pin, Size, find
 from .trace import Trace, location, source_line, used_tensors
 
@@ -46,63 +44,6 @@ class Pinned:
     labels: Labels
     axis: int
     path: str
-
-
-class Terms:
-    """A cost: sum over terms of coefficient x product of live axis sizes, divided by `per`."""
-
-    def __init__(self, terms: Iterable[tuple[int, tuple[Factor, ...]]], per: int = 1) -> None:
-        self.per = per
-        self.constant = 0
-        self.factors: list[Factor] = []
-        index: dict[tuple[int, int], int] = {}
-        merged: dict[tuple[int, ...], int] = {}
-        for times, factors in terms:
-            key = []
-            for factor in factors:
-                name = (id(factor.layer.ids), factor.position)
-                if name not in index:
-                    index[name] = len(self.factors)
-                    self.factors.append(factor)
-                key.append(index[name])
-            row = tuple(sorted(key))
-            merged[row] = merged.get(row, 0) + times
-        self.constant = merged.pop((), 0)
-        self.terms = list(merged.items())
-
-    def count(self, alive_ids: Mask) -> int:
-        """Return the cost with these ids alive (an exact integer)."""
-        sizes = [layer_size(f.layer, f.position, alive_ids) for f in self.factors]
-        return (self.constant + sum(_product(x, sizes) for x in self.terms)) // self.per
-
-    def without_each(self, owner: Ids, count: int) -> list[int]:
-        """Return the cost without the ids of group k, for each k of `count` groups.
-
-        `owner`: the group of each id, or -1. Linear in the network: of each cost only the terms
-        change that a group has a part in.
-        """
-        sizes = [f.layer.ids.shape[f.position] for f in self.factors]
-        parts = [np.unique(owner[f.layer.ids]) for f in self.factors]
-        touched: list[dict[int, None]] = [{} for _ in range(count)]
-        for number, (row, _) in enumerate(self.terms):
-            for group in {int(k) for factor in row for k in parts[factor] if k >= 0}:
-                touched[group][number] = None
-        whole = self.constant + sum(_product(x, sizes) for x in self.terms)
-        found = []
-        for group, numbers in enumerate(touched):
-            changed = list(sizes)
-            for factor in {k for number in numbers for k in self.terms[number][0]}:
-                f = self.factors[factor]
-                changed[factor] = live_size(owner[f.layer.ids] != group, f.position)
-            terms = [self.terms[number] for number in numbers]
-            saved = sum(_product(x, sizes) - _product(x, changed) for x in terms)
-            found.append((whole - saved) // self.per)
-        return found
-
-
-def _product(term: tuple[tuple[int, ...], int], sizes: list[int]) -> int:
-    factors, times = term
-    return times * prod(sizes[factor] for factor in factors)
 
 
 class Reader:

@@ -12,10 +12,12 @@ from torch import nn
 
 from .channels import Ids, Place, Reason
 from .errors import InputError
-from .graph import Pinned, Step, Terms
+from .graph import Pinned, Step
 from .labels import Labels, Mask, spread
+from .liveness import Peak, peak
 from .replace import Replacements
 from .sizes import Site
+from .terms import Cost, Terms
 from .trace import Trace
 from .units import Family, Units
 
@@ -182,8 +184,21 @@ class Groups:
         return np.ones(self.units.count, dtype=bool)
 
     def cost(self, name: str, alive: Mask) -> int:
-        """Return a cost ("macs" per sample, "params") with these classes alive."""
-        return self.costs[name].count(alive[self.units.label])
+        """Return a cost ("macs" per sample, "params", "memory" in bytes) with these classes
+        alive.
+        """
+        return self.counted(name).count(alive[self.units.label])
+
+    def counted(self, name: str) -> Cost:
+        """Return a cost by its name; memory is worked out where it is first asked for."""
+        return self.memory if name == "memory" else self.costs[name]
+
+    @cached_property
+    def memory(self) -> Peak:
+        """What is held at once while the network runs, at the traced batch."""
+        mine = self.trace.graph
+        steps = [step for step in self.steps if step.node.graph is mine]
+        return peak(self.model, self.trace, steps, self.labels)
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:

@@ -64,7 +64,7 @@ class Plan:
     `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
     `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was
     made for. `forwards`: module path -> what it computes, where its own code cannot follow.
-    `costs`: name -> (before, after), exact.
+    `costs`: name -> (before, after), exact. `notes`: how far below its budgets it is, and why.
     """
 
     model: str
@@ -78,6 +78,7 @@ class Plan:
     options: dict[str, Any]
     inputs: dict[str, Any]
     forwards: dict[str, Forward] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     groups: Groups | None = field(default=None, compare=False, repr=False)
 
     def masks(self) -> dict[str, torch.Tensor]:
@@ -137,8 +138,8 @@ class Plan:
         return Plan(
             self.model, self.shapes, self.aliases, kept, attributes, self._rescaled(later),
             _widths_then(self.widths, later.widths),
-            {key: (self.costs[key][0], later.costs[key][1]) for key in self.costs},
-            later.options, self.inputs, {**self.forwards, **later.forwards},
+            {k: (self.costs[k][0], later.costs[k][1]) for k in self.costs if k in later.costs},
+            later.options, self.inputs, {**self.forwards, **later.forwards}, later.notes,
         )  # fmt: skip
 
     def _rescaled(self, later: Plan) -> dict[str, tuple[tuple[int, ...], float]]:
@@ -162,6 +163,7 @@ class Plan:
                 "costs": {key: list(value) for key, value in self.costs.items()},
                 "options": self.options,
                 "inputs": self.inputs,
+                "notes": list(self.notes),
                 "widths": [[w.group, w.family, w.before, w.after] for w in self.widths],
                 "shapes": {name: list(shape) for name, shape in self.shapes.items()},
                 "aliases": {name: first for name, first in self.aliases.items() if name != first},
@@ -197,6 +199,7 @@ class Plan:
         lines = [f"Plan for {self.model}"]
         for name, (before, after) in self.costs.items():
             lines.append(f"  {name}: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+        lines += [f"  {note}" for note in self.notes]
         wide = max([len(w.group) for w in self.widths], default=0)
         lines += [
             f"  {w.group:<{wide}}  {w.before} -> {w.after} {w.family}"
@@ -311,6 +314,7 @@ def _from_dict(data: Mapping[str, Any]) -> Plan:
         forwards={
             path: Forward.from_data(forward) for path, forward in data.get("forwards", {}).items()
         },  # format 1 had none
+        notes=tuple(map(str, data.get("notes", ()))),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,18 @@ from .sizes import attribute_values
 from .trace import location
 
 
-def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
-    """Return the plan that keeps the classes in `alive`."""
+def plan_of(
+    groups: Groups,
+    alive: Mask,
+    options: dict[str, Any],
+    *,
+    costs: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Return the plan that keeps the classes in `alive`.
+
+    `costs`: those to predict besides MACs and parameters; `notes`: what is to be said about it.
+    """
     of_ids = alive[groups.units.label]
     kept = {}
     for name, labels in groups.labels.items():
@@ -38,7 +49,11 @@ def plan_of(groups: Groups, alive: Mask, options: dict[str, Any]) -> Plan:
         rescale=_rescale(groups, of_ids),
         forwards=groups.replaced.at(of_ids),
         widths=_widths(groups, alive),
-        costs={n: (groups.cost(n, everything), groups.cost(n, alive)) for n in groups.costs},
+        costs={
+            name: (groups.cost(name, everything), groups.cost(name, alive))
+            for name in dict.fromkeys((*groups.costs, *costs))
+        },
+        notes=tuple(notes),
         options=options,
         inputs=describe(groups.trace.args, groups.trace.kwargs),
         groups=groups,

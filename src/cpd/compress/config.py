@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cpd.choose import parse_target
+from cpd.budgets import parse_target
 from cpd.distill import LoopOptions, TrainOptions, coerce
 from cpd.errors import InputError, UnknownName
 

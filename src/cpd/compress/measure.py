@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cpd import costs, exporters
+from cpd.budgets import parse_target
 from cpd.compress.run import Run
 from cpd.costs import latency
 from cpd.distill import Batches, evaluate
@@ -41,6 +42,7 @@ def report(
         config=config.to_dict(),
         environment=environment() if run.main and config.onnx else {},
         proof=proof,
+        notes=plan.notes,
         title=f"{config.model or type(networks['before']).__name__} → {_shown(config.target)}",
     )
 
@@ -60,11 +62,14 @@ def _counted(run: Run, network: nn.Module) -> dict[str, Any]:
         batches = _batches(run, source)
         accuracy = evaluate(network.to(run.device), batches, run.task, run.device)
         network.to(run.home)
-    return {
+    found = {
         "accuracy": accuracy,
         "params": costs.params(network),
         "macs": costs.macs(network, run.example_inputs),
     }
+    if "memory" in parse_target(run.config.target):
+        found["memory"] = costs.memory(network, run.example_inputs)
+    return found
 
 
 def _batches(run: Run, source: Any) -> Batches:

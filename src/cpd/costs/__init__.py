@@ -1,8 +1,9 @@
 """Costs: what a network costs, counted from its graph.
 
 MACs are multiply-accumulates of convolutions, linear layers, matrix products and attention (both of
-its products), per sample. The same formulas predict the cost of a plan, so predicted and counted
-are equal.
+its products), per sample. Memory is the peak of all tensors that are held at once, in bytes, at the
+batch of the example. The same formulas predict the cost of a plan, so predicted and counted are
+equal.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from ..graph import Reader, Terms
+from ..graph import Reader
+from ..liveness import peak
+from ..terms import Terms
 from ..trace import Inputs, trace
 
-__all__ = ["macs", "params"]
+__all__ = ["macs", "memory", "params"]
 
 
 def params(model: nn.Module) -> int:
@@ -30,3 +33,17 @@ def macs(model: nn.Module, example_inputs: Inputs) -> int:
     reader.read()
     terms = Terms(reader.macs, per=max(reader.trace.batch, 1))
     return terms.count(np.ones(reader.channels.count, bool))
+
+
+def memory(model: nn.Module, example_inputs: Inputs) -> int:
+    """Return the peak of weights and activations in bytes, at the batch of the example inputs.
+
+    Weights and inputs are held all the time, and what a call makes until the last call that reads
+    it. What a kernel takes for itself while it runs is not counted.
+
+    Raises `InputError` or `TraceError` as `comb` does.
+    """
+    reader = Reader(trace(model, example_inputs))
+    reader.read()
+    found = peak(model, reader.trace, reader.steps, reader.labels)
+    return found.count(np.ones(reader.channels.count, bool))

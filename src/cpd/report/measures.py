@@ -19,7 +19,8 @@ class Measures:
     """Quality and cost of one network.
 
     ``accuracy`` maps names of metrics to values, shares as 0…1; ``params`` and ``macs`` are counts,
-    MACs for one sample; ``onnx_bytes`` is the size of the exported file; None is not measured.
+    MACs for one sample; ``memory`` is the peak in bytes at the traced batch, ``onnx_bytes`` the
+    size of the exported file; None is not measured.
     """
 
     accuracy: Mapping[str, float] = field(default_factory=dict)
@@ -27,6 +28,7 @@ class Measures:
     macs: int | None = None
     onnx_bytes: int | None = None
     latency: Latency | None = None
+    memory: int | None = None
 
 
 class Row(NamedTuple):
@@ -40,12 +42,13 @@ class Row(NamedTuple):
 
 
 def rows(before: Measures, after: Measures) -> list[Row]:
-    """Accuracy, parameters, MACs, ONNX size and latency; what neither has is left out."""
+    """Accuracy, parameters, MACs, memory, ONNX size and latency; what neither has is left out."""
     names = [*before.accuracy, *(name for name in after.accuracy if name not in before.accuracy)]
     lines = [_quality(name, before.accuracy.get(name), after.accuracy.get(name)) for name in names]
     pairs: list[tuple[str, float | None, float | None, str]] = [
         ("parameters", before.params, after.params, ""),
         ("MACs", before.macs, after.macs, ""),
+        ("memory", before.memory, after.memory, "B"),
         ("ONNX file", before.onnx_bytes, after.onnx_bytes, "B"),
     ]
     one, two = before.latency, after.latency

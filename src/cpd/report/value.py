@@ -32,7 +32,8 @@ class Report:
     ``history`` holds one record for each event of the run, {"step": int, "phase": "base" | "prune"
     | "recover", "event": "step" | "prune" | "eval" | "checkpoint", …} with whatever numbers were
     taken (loss, lr, macs, params, metrics). ``widths`` are the channels of each group before and
-    after, ``frozen`` the axes that could not go and why, ``proof`` the text of ``verify``.
+    after, ``frozen`` the axes that could not go and why, ``proof`` the text of ``verify``,
+    ``notes`` how far below its budgets the plan is, and why.
 
     History, configuration and environment become plain JSON values here: tensors and numpy scalars
     numbers, non-finite numbers None, functions and paths their names. So a report read back from
@@ -48,16 +49,18 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     proof: str = ""
     title: str = "Compression"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("history", "config", "environment"):
             object.__setattr__(self, name, _jsonable(getattr(self, name)))
-        for name in ("widths", "frozen"):
+        for name in ("widths", "frozen", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __str__(self) -> str:
         lines = [row[:4] for row in rows(self.before, self.after)]
         text = f"{self.title}\n\n{plain(HEAD, lines)}\n"
+        text += "".join(f"\n{note}\n" for note in self.notes)
         return f"{text}\n{self.proof.strip()}\n" if self.proof else text
 
     def table(self) -> Table:
@@ -84,6 +87,7 @@ class Report:
             "widths": [_jsonable(asdict(width)) for width in self.widths],
             "frozen": [_jsonable(asdict(frozen)) for frozen in self.frozen],
             "proof": self.proof,
+            "notes": list(self.notes),
             "config": self.config,
             "environment": self.environment,
             "history": self.history,
@@ -132,6 +136,7 @@ class Report:
         before = {"macs": self.before.macs, "params": self.before.params}
         sections = [
             page.section("Before and after", page.table(HEAD, lines)),
+            page.section("Budgets", page.text("\n".join(self.notes))),
             page.section("The run", plots.run(self.history, list(self.before.accuracy), before)),
             page.section("Widths", plots.widths(self.widths)),
             page.section("Width of each group", page.table(_WIDTH_HEAD, widths), folded=True),

@@ -1,0 +1,237 @@
+"""Budgets: what a target allows of each cost, and how near below it a choice comes.
+
+A target names costs and how much of each is to be left: `"macs=0.5,memory=0.6"`. All budgets hold
+at once. What a strategy took too much is given back, most important units first, until no unit that
+went fits any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .candidates import Candidates
+from .errors import InputError, UnknownName
+from .groups import Groups
+from .labels import Mask
+from .liveness import Peak
+from .terms import Cost, Tally
+
+COSTS = ("macs", "params", "memory")
+NEAR = 0.005  # a budget that is met this closely from below needs no explanation
+
+
+def parse_target(
+    target: str | Mapping[str, float], costs: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return cost -> share of a target such as "macs=0.5", "macs=0.5,params=0.6" or a dict.
+
+    `costs`: the names that are known; any name where it is None.
+
+    Raises `InputError` for another form, a cost named twice and shares that are not in (0, 1],
+    `UnknownName` for unknown costs.
+    """
+    if isinstance(target, str):
+        pairs: list[tuple[str, Any]] = [part.partition("=")[::2] for part in target.split(",")]
+    elif isinstance(target, Mapping):
+        pairs = [(key, value) for key, value in target.items()]
+    else:
+        raise InputError(f'target is {target!r}; give a string like "macs=0.5" or a dict')
+    shares: dict[str, float] = {}
+    for key, value in pairs:
+        name = str(key).strip()
+        if costs is not None and name not in costs:
+            raise UnknownName("cost in the target", name, costs)
+        if name in shares:
+            raise InputError(f"target names {name} twice: {target!r}; give each cost one share")
+        shares[name] = _share_left(name, value)
+    if not shares:
+        raise InputError('target is empty; give a string like "macs=0.5"')
+    return shares
+
+
+def _share_left(name: str, value: Any) -> float:
+    try:
+        share = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f'target {name}={value!r} is not a number; write "{name}=0.5"') from error
+    if not 0 < share <= 1:
+        raise InputError(
+            f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
+            "(0.5 keeps half)"
+        )
+    return share
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """How much of a cost may be left: `limit` of `whole`, in the cost's own unit."""
+
+    name: str
+    cost: Cost
+    limit: float
+    whole: float
+
+
+def budgets(groups: Groups, shares: Mapping[str, float]) -> tuple[Budget, ...]:
+    """Return the budgets of a target."""
+    everything = groups.everything()
+    found = []
+    for name, share in shares.items():
+        whole = groups.cost(name, everything)
+        found.append(Budget(name, groups.counted(name), share * whole, whole))
+    return tuple(found)
+
+
+class Ledger:
+    """Which candidates are gone, and what is left of each budget's cost."""
+
+    def __init__(
+        self, found: Candidates, limits: Iterable[Budget], gone: Iterable[int] = ()
+    ) -> None:
+        self.found, self.budgets = found, tuple(limits)
+        candidate, classes = found.classes
+        order = np.argsort(candidate, kind="stable")
+        self._classes = classes[order]
+        self._ends = np.searchsorted(candidate[order], np.arange(len(found) + 1))
+        self._times = np.zeros(len(found.before), np.int64)
+        for number in gone:
+            self._times[self.of(number)] += 1
+        label = found.groups.units.label
+        self.tallies = [Tally(budget.cost, label, self.alive) for budget in self.budgets]
+
+    def of(self, number: int) -> Any:
+        """Return the classes of a candidate."""
+        return self._classes[self._ends[number] : self._ends[number + 1]]
+
+    @property
+    def alive(self) -> Mask:
+        """Return the classes that are left."""
+        left: Mask = self.found.before & (self._times == 0)
+        return left
+
+    def alive_with(self, change: int, numbers: Iterable[int]) -> Mask:
+        """Return what would be left if these also went (+1) or came back (-1)."""
+        numbers = list(numbers)
+        for number in numbers:
+            self._times[self.of(number)] += change
+        left = self.alive
+        for number in numbers:
+            self._times[self.of(number)] -= change
+        return left
+
+    def change(self, change: int, numbers: Iterable[int]) -> None:
+        """Let candidates go (+1) or come back (-1)."""
+        for number in numbers:
+            self._times[self.of(number)] += change
+        alive = self.alive
+        for tally in self.tallies:
+            tally.move(alive)
+
+    def meets(self, alive: Mask) -> bool:
+        """Say whether all budgets hold with these classes."""
+        pairs = zip(self.tallies, self.budgets, strict=True)
+        return all(tally.at(alive) <= budget.limit for tally, budget in pairs)
+
+
+def shortest(found: Candidates, limits: Sequence[Budget], order: Any) -> tuple[list[int], bool]:
+    """Return the shortest run of `order` that meets all budgets, and whether one does.
+
+    What of it is not needed is given back (see `given_back`).
+    """
+    gone_at = found.gone_at(order, found.before)
+    label = found.groups.units.label
+
+    def meets(length: int) -> bool:
+        alive_ids = (gone_at >= length)[label]
+        return all(budget.cost.count(alive_ids) <= budget.limit for budget in limits)
+
+    numbers: list[int] = order.tolist()
+    if not meets(len(numbers)):
+        return numbers, False
+    low, high = 0, len(numbers)
+    while low < high:
+        middle = (low + high) // 2
+        if meets(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return given_back(found, limits, numbers[:high]), True
+
+
+def given_back(found: Candidates, limits: Sequence[Budget], gone: list[int]) -> list[int]:
+    """Return those of `gone` that must go for the budgets to hold.
+
+    Family by family, the most important first, the last ones to go come back as long as all budgets
+    hold. What they have in common with another unit that goes stays gone.
+    """
+    ledger = Ledger(found, limits, gone)
+    last: dict[int, list[int]] = {}
+    for number in reversed(gone):
+        last.setdefault(int(found.family[number]), []).append(number)
+    back: set[int] = set()
+    weight = found.score / np.maximum(found.units, 1)
+    for mine in sorted(last.values(), key=lambda numbers: -weight[numbers[0]]):
+        count = _most(ledger, mine)
+        if count:
+            ledger.change(-1, mine[:count])
+            back.update(mine[:count])
+    return [number for number in gone if number not in back]
+
+
+def _most(ledger: Ledger, numbers: Sequence[int]) -> int:
+    """Return how many candidates, from the first on, may come back while all budgets hold."""
+    low, high = 0, len(numbers)
+    if high and not ledger.meets(ledger.alive_with(-1, numbers[:1])):
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ledger.meets(ledger.alive_with(-1, numbers[:middle])):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def notes(found: Candidates, limits: Sequence[Budget], gone: Sequence[int]) -> tuple[str, ...]:
+    """Say of each budget that is not met closely how far off it is, and why; of memory, where its
+    peak is.
+    """
+    ledger = Ledger(found, limits, gone)
+    used = {b.name: t.now / b.limit for b, t in zip(limits, ledger.tallies, strict=True)}
+    tight = max(used, key=lambda name: used[name], default="")
+    lines = []
+    for budget in limits:
+        free = 1 - used[budget.name]
+        why = ""
+        if free < 0:
+            why = f"{-free:.2%} above its budget"
+        elif free > NEAR:
+            reason = f"{tight} decides" if budget.name != tight else _steps(ledger, limits, gone)
+            why = f"{free:.2%} below its budget; {reason}"
+        said = [why] if why else []
+        if isinstance(budget.cost, Peak):
+            place = budget.cost.place(ledger.alive[found.groups.units.label])
+            said.append(f"its peak is at {place}")
+        lines += [f"{budget.name}: {'; '.join(said)}"] if said else []
+    return tuple(lines)
+
+
+def _steps(ledger: Ledger, limits: Sequence[Budget], gone: Sequence[int]) -> str:
+    """Say why nothing more may stay: the least that any unit would add is too much."""
+    if not gone:
+        return "nothing had to go"
+    last = {int(ledger.found.family[number]): number for number in gone}
+    least, name = np.inf, ""
+    for family, number in last.items():
+        alive = ledger.alive_with(-1, [number])
+        more = max(
+            (tally.at(alive) - tally.now) / budget.limit
+            for tally, budget in zip(ledger.tallies, limits, strict=True)
+        )
+        if more < least:
+            least, name = more, ledger.found.sources[family].group.name
+    return f"the smallest step back, one of {name}, takes {least:.2%}"
