@@ -486,10 +486,10 @@ def test_every_field_is_a_keyword_with_its_default():
 
 def test_targets_go_down_in_a_straight_line():
     config = CompressConfig.of(target="macs=0.4,params=1", data="digits", events=3)
-    assert config.target_at(1) == pytest.approx({"macs": 0.8, "params": 1.0})
-    assert config.target_at(3) == {"macs": 0.4, "params": 1.0}
-    assert CompressConfig.of(target="macs=0.4", data="digits", step=0.1).count == 6
-    assert CompressConfig.of(target="macs=0.4", data="digits").count == 10
+    assert config.schedule.target_at(1) == pytest.approx({"macs": 0.8, "params": 1.0})
+    assert config.schedule.target_at(3) == {"macs": 0.4, "params": 1.0}
+    assert CompressConfig.of(target="macs=0.4", data="digits", step=0.1).schedule.count == 6
+    assert CompressConfig.of(target="macs=0.4", data="digits").schedule.count == 10
 
 
 def test_stages_may_be_mappings_and_are_written_out():

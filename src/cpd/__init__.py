@@ -38,6 +38,7 @@ from .groups import CouplingGroup, Groups
 from .mask import mask
 from .plan import Plan
 from .prune import prune
+from .pruner import Event, Pruner
 from .repair import repair
 from .report import Report
 from .verify import Proof, verify
@@ -48,6 +49,7 @@ __all__ = [
     "ArtefactError",
     "CPDError",
     "CouplingGroup",
+    "Event",
     "ExportError",
     "Groups",
     "InputError",
@@ -57,6 +59,7 @@ __all__ = [
     "Plan",
     "PlanMismatch",
     "Proof",
+    "Pruner",
     "Report",
     "Result",
     "TraceError",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import nn
 
 from .errors import VerifyError
 from .plan import Kept, Plan
-from .surgery import rebuild
+from .surgery import change, rebuild
 
 
 def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
@@ -43,23 +45,76 @@ def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
 
 
 def _first_named(model: nn.Module, plan: Plan) -> list[tuple[str, torch.Tensor]]:
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    state = _held(model)
     return [(first, state[first]) for first in dict.fromkeys(plan.aliases.values())]
 
 
 def cut_tensor(tensor: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
     """Return what a plan keeps of one tensor, rows that pin an attention's scale rescaled."""
-    result = tensor.detach()
-    if name in plan.rescale:
-        rows, factor = plan.rescale[name]
-        result = result.clone()
-        result[list(rows)] *= factor
-    for part in plan.kept.get(name, ()):
-        result = _narrowed(result, part)
-    return result.clone() if result is tensor or result._base is not None else result
+    return slice_of(plan, name).of(tensor)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What is done to one tensor: `rows` are multiplied by `factor`, then `parts` are kept."""
+
+    parts: tuple[Kept, ...] = ()
+    rows: tuple[int, ...] = ()
+    factor: float = 1.0
+
+    def of(self, tensor: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+        """Return the slice of a tensor. Rows are multiplied by `factor ** power`."""
+        result = tensor.detach()
+        if self.rows:
+            result = result.clone()
+            result[list(self.rows)] *= self.factor**power
+        for part in self.parts:
+            result = _narrowed(result, part)
+        return result.clone() if result is tensor or result._base is not None else result
+
+
+def slice_of(plan: Plan, name: str) -> Slice:
+    """Return what a plan does to a tensor of the model it was made for."""
+    rows, factor = plan.rescale.get(name, ((), 1.0))
+    return Slice(plan.kept.get(name, ()), tuple(rows), factor)
+
+
+def slices(plan: Plan, since: Plan | None = None) -> dict[str, Slice]:
+    """Return what a plan does to each tensor that changes; `since` is what was cut already."""
+    if since is None:
+        return {name: slice_of(plan, name) for name in {**plan.kept, **plan.rescale}}
+    parts = plan.beyond(since)
+    found = {name: Slice(kept) for name, kept in parts.items()}
+    for name, (rows, factor) in plan.rescale.items():
+        gone = [part for part in since.kept.get(name, ()) if 0 in part.axes]
+        alive = np.ones(plan.shapes[name][0], bool)
+        for part in gone:
+            alive &= part.mask.reshape(len(part.mask), -1).any(1)
+        place = np.cumsum(alive) - 1
+        left = tuple(int(place[row]) for row in rows if alive[row])
+        before = since.rescale.get(name, ((), 1.0))[1]
+        found[name] = Slice(parts.get(name, ()), left, factor / before)
+    return found
+
+
+def cut_in_place(model: nn.Module, plan: Plan, since: Plan | None = None) -> dict[str, Slice]:
+    """Cut a model itself: parameters and buffers stay the same objects, their values narrow.
+
+    `plan` is made for the network before any cut; `since` is the plan by which this model was cut
+    already. Returns what was done to each tensor, for what must follow it (optimizer state).
+    """
+    done = slices(plan, since)
+    held = _held(model)
+    tensors = {name: each.of(held[name]) for name, each in done.items()}
+    change(model, tensors, _attributes(model, plan), plan.forwards)
+    return done
+
+
+def _held(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _narrowed(tensor: torch.Tensor, part: Kept) -> torch.Tensor:

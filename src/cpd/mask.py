@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
@@ -10,17 +11,10 @@ from torch import nn
 from .plan import Plan
 
 
-class Masker:
-    """Holds a model masked: call `apply` after every optimizer step, `update` for a further plan,
-    `remove` to undo.
+class Masks:
+    """Holds tensors of a model at zero where masks say so; see `Masker`, which takes plans."""
 
-    Only values change: parameters stay the same objects. `remove` gives back the values that were
-    there when each entry was first masked; entries that were never masked keep what training made
-    of them.
-    """
-
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        plan.check(model)
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._state = {
             **dict(model.named_parameters(remove_duplicate=False)),
@@ -28,15 +22,10 @@ class Masker:
         }
         self._masks: dict[str, torch.Tensor] = {}
         self._saved: dict[str, torch.Tensor] = {}
-        self.plan = plan
-        self.update(plan)
 
-    def update(self, plan: Plan) -> None:
-        """Mask by another plan for the same model; what it keeps of what was masked comes back."""
-        plan.check(self.model)
-        masks = {
-            n: m.to(self._state[n].device) for n, m in plan.masks().items() if n == plan.aliases[n]
-        }
+    def set(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Mask by other masks, name -> bool tensor, True = kept; what these keep comes back."""
+        masks = {name: mask.to(self._state[name].device) for name, mask in masks.items()}
         with torch.no_grad():
             for name in {**self._masks, **masks}:
                 tensor = self._state[name]
@@ -47,7 +36,7 @@ class Masker:
                 new = everything if new is None else new
                 saved.copy_(torch.where(old & ~new, tensor, saved))
                 tensor.copy_(torch.where(new & ~old, saved, tensor))
-        self.plan, self._masks = plan, masks
+        self._masks = masks
         self.apply()
 
     def apply(self) -> None:
@@ -63,6 +52,28 @@ class Masker:
                 tensor = self._state[name]
                 tensor.copy_(torch.where(mask, tensor, self._saved[name]))
         self._masks = {}
+
+
+class Masker(Masks):
+    """Holds a model masked: call `apply` after every optimizer step, `update` for a further plan,
+    `remove` to undo.
+
+    Only values change: parameters stay the same objects. `remove` gives back the values that were
+    there when each entry was first masked; entries that were never masked keep what training made
+    of them.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        plan.check(model)
+        super().__init__(model)
+        self.plan = plan
+        self.update(plan)
+
+    def update(self, plan: Plan) -> None:
+        """Mask by another plan for the same model; what it keeps of what was masked comes back."""
+        plan.check(self.model)
+        self.set({n: m for n, m in plan.masks().items() if n == plan.aliases[n]})
+        self.plan = plan
 
     def __enter__(self) -> Masker:
         return self

@@ -142,6 +142,17 @@ class Plan:
             later.options, self.inputs, {**self.forwards, **later.forwards}, later.notes,
         )  # fmt: skip
 
+    def beyond(self, first: Plan) -> dict[str, tuple[Kept, ...]]:
+        """Return what this plan keeps of each tensor that `first`, which keeps more, has left:
+        parts in the numbering of what is left.
+        """
+        result = {}
+        for name in self.kept:
+            parts = _beyond(first.kept.get(name, ()), self.kept[name], self.shapes[name])
+            if parts:
+                result[name] = parts
+        return result
+
     def _rescaled(self, later: Plan) -> dict[str, tuple[tuple[int, ...], float]]:
         result = dict(self.rescale)
         for name, (rows, factor) in later.rescale.items():
@@ -239,13 +250,9 @@ def _composed(
     first: Sequence[Kept], later: Sequence[Kept], shape: Sequence[int]
 ) -> tuple[Kept, ...]:
     """Each part of the later plan speaks of what the first one left."""
-    spans: list[set[int]] = []
-    for part in [*first, *later]:
-        span = set(part.axes).union(*(s for s in spans if s & set(part.axes)))
-        spans = [s for s in spans if not s & span] + [span]
     result = []
-    for span in spans:
-        axes = tuple(sorted(span))
+    for axes in _spans([*first, *later]):
+        span = set(axes)
         whole = Kept(axes, np.ones([shape[axis] for axis in axes], bool))
         mask = _anded([whole, *(p for p in first if set(p.axes) <= span)])
         rest = Kept(axes, np.ones(mask.sizes, bool))
@@ -254,6 +261,30 @@ def _composed(
         joined[mask.mask] = after.mask.ravel()
         result.append(Kept(axes, joined))
     return tuple(result)
+
+
+def _beyond(first: Sequence[Kept], total: Sequence[Kept], shape: Sequence[int]) -> tuple[Kept, ...]:
+    """The inverse of `_composed`: the later plan of the first one and both together."""
+    result = []
+    for axes in _spans([*first, *total]):
+        whole = Kept(axes, np.ones([shape[axis] for axis in axes], bool))
+        before = _anded([whole, *(p for p in first if set(p.axes) <= set(axes))])
+        after = _anded([whole, *(p for p in total if set(p.axes) <= set(axes))])
+        if (after.mask & ~before.mask).any():
+            raise PlanMismatch("the further plan keeps what the plan before it has removed")
+        left = after.mask[before.mask].reshape(before.sizes)
+        if not left.all():
+            result.append(Kept(axes, left))
+    return tuple(result)
+
+
+def _spans(parts: Sequence[Kept]) -> list[tuple[int, ...]]:
+    """Axes that parts hold jointly."""
+    spans: list[set[int]] = []
+    for part in parts:
+        span = set(part.axes).union(*(s for s in spans if s & set(part.axes)))
+        spans = [s for s in spans if not s & span] + [span]
+    return [tuple(sorted(span)) for span in spans]
 
 
 def _widths_then(first: Sequence[Width], later: Sequence[Width]) -> tuple[Width, ...]:

@@ -46,12 +46,7 @@ def prune(
 
     Raises what `comb`, `choose`, `repair` and `cut` raise.
     """
-    comb_options = _known(comb, options, {"model", "example_inputs"})
-    choose_options = _known(choose, options, {"groups", "scores", "target"})
-    unknown = set(options) - set(comb_options) - set(choose_options)
-    if unknown:
-        valid = {*_keywords(comb), *_keywords(choose), "importance", "repair", "verify"}
-        raise UnknownName("option of prune", sorted(unknown)[0], valid)
+    comb_options, choose_options = split("prune", options, ("importance", "repair", "verify"))
     chosen = resolve(importance)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -63,12 +58,25 @@ def prune(
     return cut(model, plan, verify=verify), plan
 
 
+def split(
+    verb: str, options: Mapping[str, Any], more: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that `comb` and those that `choose` takes.
+
+    Raises `UnknownName` for others; `more` are those that the verb itself takes, which it may mean.
+    """
+    found = [
+        {key: value for key, value in options.items() if key in _keywords(function)}
+        for function in (comb, choose)
+    ]
+    unknown = sorted(set(options) - set(found[0]) - set(found[1]))
+    if unknown:
+        valid = {*_keywords(comb), *_keywords(choose), *more}
+        raise UnknownName(f"option of {verb}", unknown[0], valid)
+    return found[0], found[1]
+
+
 def _keywords(function: Any) -> list[str]:
     return [
         p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
-
-
-def _known(function: Any, options: Mapping[str, Any], without: set[str]) -> dict[str, Any]:
-    names = set(_keywords(function)) - without
-    return {key: value for key, value in options.items() if key in names}

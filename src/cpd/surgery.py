@@ -48,18 +48,58 @@ def rebuild(
         memo[id(old)] = tensor
     result = _copy(model, memo)
     _keep_modes(model, result)
+    _settle(result, set(tensors), attributes, forwards or {})
+    return result
+
+
+def change(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    attributes: Attributes,
+    forwards: Mapping[str, Forward],
+) -> None:
+    """Do in place what `rebuild` does in a copy: parameters and buffers stay the same objects.
+
+    So whatever holds them (optimizers, ties, averages) goes on holding them. Gradients of what
+    changes are dropped.
+    """
+    held = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in tensors.items():
+        old = held[name]
+        old.grad = None
+        # A graph still held remembers a leaf's old shape; another type makes it forget.
+        other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
+        old.data = torch.empty(0, dtype=other, device=tensor.device)
+        old.data = tensor
+    _settle(model, set(tensors), attributes, forwards)
+
+
+def _settle(
+    model: nn.Module,
+    changed: set[str],
+    attributes: Attributes,
+    forwards: Mapping[str, Forward],
+) -> None:
+    """Let modules follow their tensors' new shapes."""
     for path, values in attributes.items():
-        module = result.get_submodule(path)
+        module = model.get_submodule(path)
         for name, value in values.items():
             setattr(module, name, value)
-    touched = {name.rpartition(".")[0] for name in tensors} | set(attributes)
-    for path, module in result.named_modules(remove_duplicate=False):
+    touched = {name.rpartition(".")[0] for name in changed} | set(attributes)
+    modes = [(part, part.training) for part in model.modules()]
+    for part, _ in modes:
+        part.training = False  # a computed weight may change its buffers when read in training
+    for path, module in model.named_modules(remove_duplicate=False):
         if path in touched or isinstance(module, nn.MultiheadAttention):
             refresh(module)
-    _drop_caches(result)
-    for path, forward in (forwards or {}).items():
-        adopt(result.get_submodule(path), forward)
-    return result
+    for part, training in modes:
+        part.training = training
+    _drop_caches(model)
+    for path, forward in forwards.items():
+        adopt(model.get_submodule(path), forward)
 
 
 def _keep_modes(model: nn.Module, result: nn.Module) -> None:

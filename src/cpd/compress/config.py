@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cpd.budgets import parse_target
 from cpd.distill import LoopOptions, TrainOptions, coerce
 from cpd.errors import InputError, UnknownName
+from cpd.pruner import Schedule
 
 __all__ = ["BenchOptions", "CompressConfig", "plain"]
 
@@ -145,44 +144,31 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is trained."""
-        parse_target(self.target)
+        _ = self.schedule  # refuses what it cannot use
         if isinstance(self.teacher, str) and self.teacher != "self":
             text = f"teacher must be 'self', a network or None, got {self.teacher!r}"
             raise InputError(text)
-        for name, least in (("interval", 1), ("events", 1), ("repair", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                text = f"{name} must be a whole number of at least {least}, got {value!r}"
-                raise InputError(text)
+        value: Any = self.repair
+        if not isinstance(value, int) or value < 0:
+            text = f"repair must be a whole number of at least 0, got {value!r}"
+            raise InputError(text)
         if self.scored not in SCORED:
             raise UnknownName("losses to score by", self.scored, SCORED)
         if self.scored == "distillation" and self.teacher is None:
             raise InputError('scored="distillation" needs a teacher')
-        if self.step is not None and not 0 < self.step <= 1:
-            raise InputError(f"step must be above 0 and at most 1, got {self.step!r}")
-        if self.step is not None and self.events is not None:
-            raise InputError("give events (how many) or step (how much at once), not both")
         if self.resume and self.output is None:
             raise InputError("resume=True needs output=, the folder with the checkpoint")
 
     @property
-    def count(self) -> int:
-        """Pruning events until the target."""
-        if self.step is None:
-            return self.events or 10
-        most = max(1 - share for share in parse_target(self.target).values())
-        return max(1, math.ceil(most / self.step - 1e-9))
+    def schedule(self) -> Schedule:
+        """When units go, and how many."""
+        return Schedule(self.target, self.interval, self.events, self.step)
 
     @property
     def choice(self) -> dict[str, Any]:
         """What every call of ``choose`` gets."""
         names = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
         return {name: getattr(self, name) for name in names}
-
-    def target_at(self, event: int) -> dict[str, float]:
-        """The target of an event (from 1): on a straight line from 1 to the final one."""
-        done = event / self.count
-        return {cost: 1 - (1 - share) * done for cost, share in parse_target(self.target).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it; objects by their name."""

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpd.choose import choose
 from cpd.comb import comb
 from cpd.compress.config import CompressConfig
 from cpd.distill import Callback, State
 from cpd.distill.batches import to_device
 from cpd.groups import Groups
-from cpd.importance.base import Sums
 from cpd.mask import mask
 from cpd.plan import Plan
+from cpd.pruner import Rounds
 from cpd.repair import mended
 from cpd.trace import named_tensors
 
@@ -47,20 +46,29 @@ class Events(Callback):
         self.batches = batches
         self.calibrated: Groups | None = None
         self.gradients: list[torch.Tensor | None] = []
-        self.student, self.groups, self.config, self.saved = student, groups, config, saved
+        self.student, self.config, self.saved = student, config, saved
+        self.rounds = Rounds(groups, importance, config.schedule, config.choice)
         self.importance = importance
-        self.plan: Plan | None = None
         self.masker: Any = None
-        self.done = 0
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is kept so far."""
+        return self.rounds.plan
+
+    @property
+    def done(self) -> int:
+        """Events so far."""
+        return self.rounds.done
 
     @property
     def steps(self) -> int:
         """Optimizer steps until the target."""
-        return self.config.interval * self.config.count
+        return self.config.schedule.steps
 
     def resume(self, plan: Plan, done: int) -> None:
         """Go on after so many events, which led to ``plan``."""
-        self.plan, self.done = plan, done
+        self.rounds.plan, self.rounds.done = plan, done
 
     def on_start(self, state: State) -> None:  # noqa: ARG002
         """Begin to watch, and mask what is gone already."""
@@ -68,7 +76,7 @@ class Events(Callback):
             options = {key: getattr(self.config, key) for key in ("exact", "unknown", "keep_class")}
             first = to_device(self.batches[0], next(self.student.parameters()).device)
             self.calibrated = comb(self.student, first, **options)
-        self.importance.start(self.student, self.groups)
+        self.rounds.start(self.student)
         if self.plan is not None:
             self.masker = mask(self.student, self.plan)
 
@@ -77,9 +85,7 @@ class Events(Callback):
         scored = self.config.scored
         picked = [t for name, t in terms.items() if scored == "all" or self._picks(name)]
         loss = torch.stack(picked).sum()
-        shown = getattr(self.importance, "before_backward", None)
-        if shown is not None:
-            shown(loss)
+        self.rounds.show(loss)
         if scored != "all" and self.importance.needs_gradient:
             self._score_by(loss, state)
 
@@ -95,7 +101,7 @@ class Events(Callback):
         held = [parameter.grad for parameter in learning]
         for parameter, gradient in zip(learning, self.gradients, strict=True):
             parameter.grad = _averaged(gradient) if state.synced else gradient
-        self._observe(state)
+        self.rounds.observe(whole=state.synced)
         for parameter, before in zip(learning, held, strict=True):
             parameter.grad = before
         if state.synced:
@@ -104,44 +110,29 @@ class Events(Callback):
     def after_backward(self, state: State) -> None:
         """Add this batch to the scores: its parts one by one, or, from the gradient, as a whole."""
         if self.config.scored == "all" or not self.importance.needs_gradient:
-            self._observe(state)
-
-    def _observe(self, state: State) -> None:
-        if isinstance(self.importance, Sums):
-            self.importance.whole = state.synced
-        self.importance.observe()
+            self.rounds.observe(whole=state.synced)
 
     def after_step(self, state: State) -> None:
         """Keep what is gone at zero; every ``interval`` steps, let more go."""
         if self.masker is not None:
             self.masker.apply()
-        if state.step % self.config.interval == 0:
+        if self.rounds.schedule.due(state.step):
             self._prune(state)
 
     def on_end(self, state: State) -> None:  # noqa: ARG002
         """Watch no longer."""
-        self.importance.close()
+        self.rounds.close()
 
     def _prune(self, state: State) -> None:
-        config = self.config
-        self.done += 1
-        plan = choose(
-            self.groups,
-            self.importance.scores(),
-            config.target_at(self.done),
-            **config.choice,
-            start=self.plan,
-        )
-        self.plan = _shared(plan, next(self.student.parameters()).device)
+        plan = self.rounds.choose(next(self.student.parameters()).device)
         if self.batches:
-            self._repair(self.plan)
+            self._repair(plan)
         if self.masker is None:
-            self.masker = mask(self.student, self.plan)
+            self.masker = mask(self.student, plan)
         else:
-            self.masker.update(self.plan)
+            self.masker.update(plan)
         self.masker.apply()
-        self.importance.reset()
-        self.saved(self.plan, state.step)
+        self.saved(plan, state.step)
 
     def _repair(self, plan: Plan) -> None:
         """Let what stays make good for what is about to go."""
@@ -166,15 +157,3 @@ def _averaged(gradient: torch.Tensor | None) -> torch.Tensor | None:
     gradient = gradient.clone()
     torch.distributed.all_reduce(gradient)
     return gradient / torch.distributed.get_world_size()
-
-
-def _shared(plan: Plan, device: torch.device) -> Plan:
-    """The plan of the main process, on every process: rounding must not part them."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return plan
-    text = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8, device=device)
-    length = torch.tensor([len(text)], device=device)
-    torch.distributed.broadcast(length, 0)
-    sent = text if torch.distributed.get_rank() == 0 else text.new_zeros(int(length))
-    torch.distributed.broadcast(sent, 0)
-    return Plan.from_json(bytes(sent.tolist()).decode())

@@ -190,7 +190,9 @@ class Run:
             keep_class=config.keep_class,
         )
         equal = {group.name: torch.ones(group.size, dtype=torch.float64) for group in groups}
-        plan = choose(groups, equal, config.target_at(config.count), **config.choice)
+        plan = choose(
+            groups, equal, config.schedule.target_at(config.schedule.count), **config.choice
+        )
         self.groups = groups
         self._kept(plan)  # a point that a loss cannot look at is met here too
         if self.journal.resumed is None:
@@ -225,7 +227,7 @@ class Run:
             if loop.losses is not None:
                 loop.losses.keep(self._kept(plan))
             shares = {cost: after / before for cost, (before, after) in plan.costs.items()}
-            told = {"done": events.done, "of": self.config.count, "shares": shares}
+            told = {"done": events.done, "of": self.config.schedule.count, "shares": shares}
             self.tell("on_event", "prune", told)
 
         batches = self._calibration()

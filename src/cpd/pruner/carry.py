@@ -1,0 +1,102 @@
+"""What an optimizer knows of a parameter is cut with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cut import Slice
+
+__all__ = ["carry", "inner_optimizer"]
+
+# A parameter that is multiplied by f has gradients divided by f. What state of `torch.optim` is
+# made of: gradients (-1), their squares (-2), the parameter itself (1) or its steps squared (2).
+POWERS = {
+    "momentum_buffer": -1,
+    "exp_avg": -1,
+    "exp_inf": -1,
+    "grad_avg": -1,
+    "prev": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+    "square_avg": -2,
+    "sum": -2,
+    "row_var": -2,
+    "col_var": -2,
+    "ax": 1,
+    "acc_delta": 2,
+}
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch inside wrappers that hold it as `.optimizer`."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or _wraps(optimizer):
+        held = getattr(optimizer, "optimizer", None)
+        if held is None:
+            raise TypeError(f"{type(optimizer).__name__} holds no optimizer of torch")
+        optimizer = held
+    return optimizer
+
+
+def _wraps(optimizer: Any) -> bool:
+    return isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer)
+
+
+def carry(
+    optimizer: Any, model: nn.Module, done: Mapping[str, Slice], shapes: Mapping[str, torch.Size]
+) -> None:
+    """Cut the state of every parameter as the parameter was.
+
+    `done`: what `cut_in_place` did; `shapes`: of the tensors before it. State of another form than
+    the parameter's (or the parameter's with axes of size 1) cannot be cut: that parameter's state
+    begins anew, with a warning.
+    """
+    inner = inner_optimizer(optimizer)
+    held = dict(model.named_parameters(remove_duplicate=False))
+    for name, slice_ in done.items():
+        parameter = held.get(name)
+        if parameter is None or parameter not in inner.state:
+            continue
+        state = inner.state[parameter]
+        changed = {k: _cut(k, v, slice_, shapes[name]) for k, v in state.items()}
+        lost = [key for key, value in changed.items() if value is None and state[key] is not None]
+        if lost:
+            warnings.warn(
+                f"what {type(inner).__name__} keeps of {name} as {lost[0]!r} cannot be cut with "
+                "it; its state of this parameter begins anew",
+                stacklevel=2,
+            )
+            del inner.state[parameter]
+        else:
+            state.update(changed)
+
+
+def _cut(key: str, value: Any, slice_: Slice, shape: torch.Size) -> Any:
+    """One entry of a state after the cut; None where it cannot be cut."""
+    if not isinstance(value, torch.Tensor):
+        return value if isinstance(value, int | float | bool | str) else None
+    if value.ndim == 0:
+        return value
+    if value.shape == shape:
+        return slice_.of(value, POWERS.get(key, 0))
+    fitting = _fitting(slice_, tuple(value.shape), tuple(shape))
+    return None if fitting is None else fitting.of(value, POWERS.get(key, 0))
+
+
+def _fitting(slice_: Slice, found: tuple[int, ...], shape: tuple[int, ...]) -> Slice | None:
+    """The slice of state that has size 1 along some axes (sums over rows, over columns)."""
+    if len(found) != len(shape) or any(a not in (1, b) for a, b in zip(found, shape, strict=True)):
+        return None
+    parts = []
+    for part in slice_.parts:
+        there = [found[axis] == shape[axis] for axis in part.axes]
+        if all(there):
+            parts.append(part)
+        elif any(there):
+            return None
+    rows = slice_.rows if shape and found[0] == shape[0] else ()
+    return Slice(tuple(parts), rows, slice_.factor)

@@ -1,0 +1,478 @@
+"""Pruning inside a loop of one's own: the plan of `compress`, state that is cut along, resume."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import cpd
+from cpd import errors
+from cpd.distill import Batches, LoopOptions, derive, isolated, read, write
+from cpd.distill.optim import optimizers
+from cpd.pruner import Schedule, carry
+from laws import randomised, run, wide
+from test_compress import Data, keywords, normed, same
+from test_idioms import IDIOMS
+
+X = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+TIMES = {"interval": 2, "events": 4}
+
+
+def network():
+    """Batch norms and two branches, without dropout: the same numbers at any width.
+
+    A bias before a batch norm has the gradient zero, of which some optimizers make steps of
+    rounding; so there is none.
+    """
+    model = normed().double()
+    model.drop.p = 0.0
+    model.stem[0].bias = model.side[0].bias = None
+    return model
+
+
+def batches(count, size=16):
+    data = Data().train
+    inputs, targets = data.tensors[0].double(), data.tensors[1]
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        rows = torch.randperm(len(inputs), generator=generator)[:size]
+        yield inputs[rows], targets[rows]
+
+
+def cross_entropy(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def trained(model, optimizer, pruner, steps=10, **more):
+    events = []
+    model.train()
+    for batch in batches(steps):
+        loss = cross_entropy(model, batch)  # the graph before it is still held
+        loss.backward()
+        event = pruner.step(optimizer, **more)
+        events += [event] if event is not None else []
+    return events
+
+
+def pruned(cut_every=0, make=sgd, **options):
+    model = network()
+    optimizer = make(model.parameters())
+    given = {"target": "macs=0.4", **TIMES, "cut_every": cut_every, **options}
+    pruner = cpd.Pruner(model, X, **given)
+    events = trained(model, optimizer, pruner)
+    return pruner.finish(), pruner, optimizer, events
+
+
+def near(one, two, limit=1e-9):
+    pairs = zip(one.named_parameters(), two.named_parameters(), strict=True)
+    for (name, a), (_, b) in pairs:
+        torch.testing.assert_close(a, b, rtol=0, atol=limit, msg=name)
+
+
+# --- the plan
+
+
+def test_the_plan_and_the_weights_are_those_of_compress():
+    wanted = {}
+
+    class Last:
+        def on_event(self, name, details):
+            wanted["events"] = wanted.get("events", 0) + (name == "prune")
+
+        def on_end(self, state):
+            if state.stage == "prune":
+                wanted["weights"] = copy.deepcopy(state.student.state_dict())
+
+    stage = {"batch_size": 16, "optimizer": {"name": "SGD", "lr": 0.02, "momentum": 0.9}}
+    given = keywords(teacher=None, prune=stage, recover={"epochs": 0}, data=Data())
+    result = cpd.compress(normed(), **given, callbacks=(Last(),))
+    model = normed().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    with isolated(1):
+        pruner = cpd.Pruner(
+            model, torch.zeros(2, 3, 8, 8), target="macs=0.5", interval=3, events=3, seed=1
+        )
+        seed = derive(1, "prune")
+        source, step = Batches(Data().train, LoopOptions(batch_size=16).batch_size, seed), 0
+        for epoch in range(2):
+            for batch in source.epoch(epoch):
+                torch.manual_seed(derive(seed, "step", step, 0))
+                step += 1
+                if step <= 9:
+                    cross_entropy(model, batch).backward()
+                    pruner.step(optimizer)
+    assert wanted["events"] == 3
+    assert pruner.plan.to_json() == result.plan.to_json()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, wanted["weights"][name], rtol=0, atol=0)
+
+
+def test_what_comes_out_is_small_proved_and_of_the_class():
+    small, pruner, _, events = pruned()
+    assert [event.step for event in events] == [2, 4, 6, 8]
+    assert str(events[-1]).startswith("event 4 of 4 after step 8: masked, macs 3")
+    assert type(small) is type(pruner.model)
+    assert cpd.costs.macs(small, X) == pruner.plan.costs["macs"][1]
+    assert cpd.verify(pruner.model, small, pruner.plan, X)
+    held = dict(pruner.model.named_parameters())
+    for name, mask in pruner.plan.masks().items():
+        if name in held:
+            assert not held[name][~mask].any()
+    assert not any(m._forward_hooks for m in pruner.model.modules())
+
+
+@pytest.mark.parametrize("importance", ["hessian", "fisher", "taylor", "magnitude", "variance"])
+def test_cutting_while_training_changes_no_decision(importance):
+    masked, one, *_ = pruned(importance=importance)
+    for every in (1, 3):
+        cut, two, _, events = pruned(cut_every=every, importance=importance)
+        assert [e.cut for e in events] == [k % every == 0 or k == 4 for k in range(1, 5)]
+        assert one.plan.to_json() == two.plan.to_json()
+        assert cut is two.model
+        near(masked, cut)
+
+
+IDIOMATIC = (
+    "grouped transposed",
+    "depthwise multiplier",
+    "gru",
+    "tied embedding",
+    "spectral norm",
+    "shuffle",
+    "pixel shuffle",
+    "nn.MultiheadAttention",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in IDIOMATIC if name in IDIOMS])
+def test_cutting_while_training_of_idioms(name):
+    found = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        model = randomised(IDIOMS[name].make()).double().train()
+        inputs = wide(IDIOMS[name].inputs)
+        options = {"exact": True, "unreachable": "closest", "interval": 1, "events": 3}
+        pruner = cpd.Pruner(
+            model, inputs, target="params=0.6", importance="taylor", cut_every=every, **options
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        for _ in range(4):
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            out = model(*args)
+            out = out if isinstance(out, torch.Tensor) else out[0]
+            out.square().mean().backward()
+            pruner.step(optimizer)
+        found.append((pruner.plan, pruner.finish()))
+    (one, masked), (two, cut) = found
+    assert one.to_json() == two.to_json()
+    assert any(w.after < w.before for w in two.widths)
+    if not two.rescale:  # a query that is rescaled goes down its slope at another pace
+        near(masked, cut)
+
+
+# --- what an optimizer knows
+
+ELEMENTWISE = sorted(set(optimizers()) - {"SparseAdam", "Muon", "Adafactor"})
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_the_state_of_every_optimizer_is_cut_along(name):
+    def make(parameters):
+        return optimizers()[name](parameters, lr=1e-3)
+
+    masked, one, *_ = pruned(make=make)
+    cut, two, optimizer, _ = pruned(cut_every=1, make=make)
+    assert one.plan.to_json() == two.plan.to_json()
+    near(masked, cut)
+    for parameter, state in optimizer.state.items():
+        assert all(v.shape in ((), parameter.shape) for v in state.values() if hasattr(v, "shape"))
+
+
+FORMS = {
+    "momentum and nesterov": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "centred": lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_optimizers(form):
+    masked, *_ = pruned(make=FORMS[form])
+    cut, *_ = pruned(cut_every=2, make=FORMS[form])
+    near(masked, cut)
+
+
+def test_factored_state_is_cut_along():
+    def make(parameters):
+        return torch.optim.Adafactor(parameters, lr=1e-3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, pruner, optimizer, _ = pruned(cut_every=1, make=make)
+    held = dict(pruner.model.named_parameters())
+    sizes = optimizer.state[held["head.weight"]]["row_var"].shape, held["head.weight"].shape
+    assert sizes[0] == (4, 1)
+    assert optimizer.state[held["head.weight"]]["col_var"].shape == (1, sizes[1][1])
+
+
+def test_state_of_a_form_of_its_own_begins_anew_with_a_warning():
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter]["sketch"] = torch.zeros(3, 5, 7)
+            return super().step(closure)
+
+    with pytest.warns(UserWarning, match=r"Odd keeps of .* as 'sketch' cannot be cut"):
+        pruned(cut_every=4, make=lambda p: Odd(p, lr=0.01))
+
+
+def test_rescaled_rows_rescale_what_the_optimizer_knows():
+    from cpd.cut import Slice
+
+    layer = nn.Linear(2, 3, bias=False)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    before = {k: v.clone() for k, v in optimizer.state[layer.weight].items()}
+    carry(optimizer, layer, {"weight": Slice((), (0, 2), 2.0)}, {"weight": torch.Size((3, 2))})
+    after = optimizer.state[layer.weight]
+    factors = torch.tensor([[2.0], [1.0], [2.0]])
+    torch.testing.assert_close(after["exp_avg"], before["exp_avg"] / factors)
+    torch.testing.assert_close(after["exp_avg_sq"], before["exp_avg_sq"] / factors**2)
+    assert after["step"] == before["step"]
+
+
+def test_groups_of_parameters_schedules_ties_and_what_is_frozen_stay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = model.double()
+    model[2].bias = model[0].bias  # tied
+    model[4].weight.requires_grad_(False)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": learning[:1], "lr": 0.01}, {"params": learning[1:], "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    inputs = torch.randn(5, 6, dtype=torch.float64)
+    pruner = cpd.Pruner(
+        model, inputs, target="params=0.6", importance="magnitude", cut_every=1, **TIMES
+    )
+    ids = [id(p) for p in model.parameters()]
+    for _ in range(9):
+        model(inputs).square().mean().backward()
+        pruner.step(optimizer)
+        schedule.step()
+    small = pruner.finish()
+    assert [id(p) for p in small.parameters()] == ids
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, len(learning) - 1]
+    assert optimizer.param_groups[0]["lr"] == 0.01 * 0.5**4
+    assert small[2].bias is small[0].bias
+    assert not small[4].weight.requires_grad
+    assert small[0].weight.shape[0] == small[0].out_features < 8
+
+
+def test_averages_are_masked_and_cut_along():
+    model = network()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    optimizer = sgd(model.parameters())
+    pruner = cpd.Pruner(model, X, target="macs=0.4", cut_every=2, copies=[average], **TIMES)
+    model.train()
+    for batch in batches(9):
+        cross_entropy(model, batch).backward()
+        pruner.step(optimizer)
+        average.update_parameters(model)
+        held = dict(average.module.named_parameters())
+        for name, mask in pruner.shrinking.masks(pruner.plan).items() if pruner.plan else ():
+            if name in held:
+                assert not held[name][~mask].any()
+    small = pruner.finish()
+    for one, two in zip(small.parameters(), average.module.parameters(), strict=True):
+        assert one.shape == two.shape
+    assert average(X).shape == (2, 4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_give_the_same_plan_and_bad_steps_do_not_count(fused):
+    """The scale is a power of two; a step with a gradient that is not finite is left out."""
+
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
+
+    _, plain, *_ = pruned(make=adam)
+    model = network()
+    optimizer = adam(model.parameters())
+    pruner = cpd.Pruner(model, X, target="macs=0.4", cut_every=2, **TIMES)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    model.train()
+    for number, batch in enumerate(batches(10)):
+        if number in (0, 3, 5):
+            scaler.scale(cross_entropy(model, batch) * float("inf")).backward()
+            steps = pruner.steps
+            assert pruner.step(optimizer, scaler=scaler) is None
+            assert pruner.steps == steps
+        scaler.scale(cross_entropy(model, batch)).backward()
+        pruner.step(optimizer, scaler=scaler)
+    assert pruner.plan.to_json() == plain.plan.to_json()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# --- who steps
+
+
+def test_attached_to_an_optimizer_it_sees_every_step():
+    wanted, one, *_ = pruned()
+    model = network().train()
+    optimizer = sgd(model.parameters())
+    pruner = cpd.Pruner(model, X, target="macs=0.4", **TIMES)
+    handle = pruner.attach(optimizer)
+    for batch in batches(10):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+    handle.remove()
+    assert pruner.steps == 10
+    assert pruner.plan.to_json() == one.plan.to_json()
+    assert same(pruner.finish(), wanted)
+
+
+@pytest.mark.parametrize("importance", ["hessian", "fisher"])
+def test_accumulated_parts_give_the_plan_of_whole_batches(importance):
+    torch.manual_seed(0)
+    plans = []
+    for parts in (1, 4):
+        model = network().eval()  # statistics of a part are not those of the batch
+        optimizer = sgd(model.parameters())
+        pruner = cpd.Pruner(model, X, target="macs=0.4", importance=importance, **TIMES)
+        for inputs, targets in batches(8):
+            cuts = zip(inputs.chunk(parts), targets.chunk(parts), strict=True)
+            for number, part in enumerate(cuts, start=1):
+                (cross_entropy(model, part) / parts).backward()
+                if number < parts:
+                    pruner.observe(whole=False)
+            pruner.step(optimizer)
+        plans.append(pruner.plan.to_json())
+    assert plans[0] == plans[1]
+
+
+def test_an_importance_of_curvature_is_shown_the_loss():
+    model = network()
+    pruner = cpd.Pruner(model, X, target="macs=0.8", importance="hutchinson", interval=2, events=1)
+    optimizer = sgd(model.parameters())
+    for batch in batches(2):
+        loss = cross_entropy(model.train(), batch)
+        pruner.before_backward(loss)
+        loss.backward()
+        pruner.step(optimizer)
+    assert pruner.finish().stem[0].out_channels < 12
+
+
+# --- pause and go on
+
+
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("at", [0, 3, 4, 9])
+def test_resume_is_exact(every, at, tmp_path):
+    wanted, whole, *_ = pruned(cut_every=every, make=lambda p: torch.optim.AdamW(p, lr=1e-3))
+
+    def begun():
+        model = network().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return (
+            model,
+            optimizer,
+            cpd.Pruner(model, X, target="macs=0.4", cut_every=every, **TIMES),
+        )
+
+    model, optimizer, pruner = begun()
+    for number, batch in enumerate(batches(10)):
+        if number == at:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write(tmp_path / "checkpoint", {**state, "pruner": pruner.state_dict()})
+            state = read(tmp_path / "checkpoint")
+            model, optimizer, pruner = begun()
+            pruner.load_state_dict(state["pruner"])
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        cross_entropy(model, batch).backward()
+        pruner.step(optimizer)
+    assert pruner.plan.to_json() == whole.plan.to_json()
+    assert same(pruner.finish(), wanted)
+
+
+def test_states_that_do_not_fit():
+    _, pruner, *_ = pruned(cut_every=1)
+    state = pruner.state_dict()
+    given = {"target": "macs=0.4", **TIMES}
+    with pytest.raises(errors.InputError, match="has begun"):
+        pruner.load_state_dict(state)
+    with pytest.raises(errors.InputError, match="not the state of a Pruner"):
+        cpd.Pruner(network(), X, **given).load_state_dict({"steps": 1})
+    with pytest.raises(errors.PlanMismatch, match="set cut_every"):
+        cpd.Pruner(network(), X, **given).load_state_dict(state)
+    other = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
+    with pytest.raises(errors.PlanMismatch, match="made for"):
+        cpd.Pruner(other, torch.zeros(2, 3), **given).load_state_dict(state)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"target": "macs=1.5"}, "at most 1"),
+        ({"target": "macs=0.0001"}, "cannot be reached"),
+        ({"interval": 0}, "at least 1"),
+        ({"events": 2, "step": 0.1}, "not both"),
+        ({"cut_every": -1}, "at least 0"),
+        ({"cut_every": 0.5}, "whole number"),
+        ({"importance": "hesian"}, "did you mean 'hessian'"),
+        ({"intervall": 3}, "did you mean 'interval'"),
+        ({"start": None}, "whole network"),
+    ],
+)
+def test_bad_input(changes, text):
+    with pytest.raises(errors.CPDError, match=text):
+        cpd.Pruner(network(), X, **{"target": "macs=0.5", **changes})
+
+
+def test_wrappers_and_no_network():
+    with pytest.raises(errors.InputError, match=r"not a torch\.nn\.Module"):
+        cpd.Pruner(3, X, target="macs=0.5")
+    with pytest.raises(errors.InputError, match="wrap it anew"):
+        cpd.Pruner(nn.DataParallel(network()), X, target="macs=0.5", cut_every=1)
+    wrapped = nn.DataParallel(network())
+    assert cpd.Pruner(wrapped, X, target="macs=0.5").model is wrapped.module
+
+
+def test_finished_early_it_says_so_and_gives_what_there_is():
+    model = network()
+    optimizer = sgd(model.parameters())
+    pruner = cpd.Pruner(model, X, target="macs=0.4", cut_every=3, **TIMES)
+    trained(model, optimizer, pruner, steps=5)
+    with pytest.warns(UserWarning, match="2 of 4 events in 5 of 8 steps"):
+        small = pruner.finish(optimizer)
+    assert cpd.costs.macs(small, X) == pruner.plan.costs["macs"][1]
+    assert run(small, X)[0].shape == (2, 4)
+    untouched = network()
+    with pytest.warns(UserWarning, match="0 of 4"):
+        copied = cpd.Pruner(untouched, X, target="macs=0.4", **TIMES).finish()
+    assert same(copied, untouched)
+
+
+def test_the_schedule_is_one():
+    schedule = Schedule("macs=0.4,params=1", interval=5, step=0.1)
+    assert (schedule.count, schedule.steps) == (6, 30)
+    assert [step for step in range(1, 40) if schedule.due(step)] == [5, 10, 15, 20, 25, 30]
+    assert schedule.target_at(3) == pytest.approx({"macs": 0.7, "params": 1.0})
