@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from cpd.costs.latency import Latency
 from cpd.errors import ArtefactError, OutputError
 from cpd.groups import Frozen
 from cpd.plan import Width
-from cpd.report import Measures, Report, environment, plots
+from cpd.report import Measures, Report, environment, picture, plots
+from cpd.report.pictures import colours
 
 EVIL = "<script>alert('x')</script> & $x^2$ \"quoted\" _x"
 
@@ -273,3 +276,54 @@ def test_environment_names_versions() -> None:
     found = environment()
     assert found["torch"] == torch.__version__
     assert "cores" in found["machine"]
+
+
+# pictures ----------------------------------------------------------------------------------------
+
+
+def decoded(png: str) -> np.ndarray[Any, Any]:
+    from matplotlib.image import imread
+
+    return (imread(io.BytesIO(b64decode(png)))[..., :3] * 255).round().astype(int)
+
+
+def test_colours_of_classes_by_hand() -> None:
+    """The published map of PASCAL VOC begins so."""
+    found = colours(np.array([[0, 1, 2, 3, 8, 21, -1]]))[0].tolist()
+    assert found[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert found[4:] == [[64, 0, 0], [128, 64, 128], [255, 255, 255]]
+
+
+def test_a_picture_is_its_pixels() -> None:
+    image = np.stack([np.full((2, 3), level) for level in (-2.0, 0.0, 2.0)])
+    made = picture("first", image, {"label": np.array([[0, 1, -1], [0, 1, 2]])})
+    assert list(made.panels) == ["image", "label"]
+    assert (decoded(made.panels["image"]) == [0, 128, 255]).all()
+    label = decoded(made.panels["label"]).tolist()
+    assert label[0] == [[0, 0, 0], [128, 0, 0], [255, 255, 255]]
+    assert label[1][2] == [0, 128, 0]
+    grey = picture("grey", np.array([[[0.0, 1.0]]]), {}).panels["image"]
+    assert decoded(grey).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_large_pictures_are_thinned_out() -> None:
+    made = picture("large", np.zeros((3, 500, 333)), {"label": np.ones((500, 333))})
+    for png in made.panels.values():
+        assert decoded(png).shape == (125, 84, 3)
+    assert (decoded(made.panels["image"]) == 0).all(), "one colour everywhere has no range"
+
+
+def test_pictures_in_json_and_on_the_page(tmp_path: Path) -> None:
+    drawn = picture(EVIL, np.eye(4)[None], {"label": np.eye(4), EVIL: np.eye(4)})
+    one = report(pictures=[drawn])
+    assert Report.from_json(one.to_json()) == one
+    text = one.html(tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.tags.count("img") == 3
+    assert "script" not in page.tags
+    links = [link for link in page.links if not link.startswith("#")]
+    assert links == [f"data:image/png;base64,{png}" for png in drawn.panels.values()]
+    assert "img-src data:" in text
+    older = json.loads(one.to_json())
+    del older["pictures"]
+    assert Report.from_json(json.dumps(older)) == report()

@@ -50,6 +50,19 @@ def test_labels_lie_on_what_is_drawn() -> None:
     assert steps[edge].mean() > 2 * steps[flat].mean()
 
 
+def test_fewer_and_larger_digits() -> None:
+    _, labels = stacked(scenes(most=1, sides=[0.8, 0.8]).train, 20)
+    assert all(len(each.unique()) == 2 for each in labels)
+    for each in labels:
+        rows, columns = torch.nonzero(each, as_tuple=True)
+        sides = [int(place.max() - place.min()) + 1 for place in (rows, columns)]
+        assert 32 <= sides[0] <= 51, "the ink of a digit fills most of its 51 pixels of height"
+        assert max(sides) <= 51
+    both = (scenes(sides=sides) for sides in ((0.3, 0.4), (0.6, 0.8)))
+    shares = [(stacked(each.val)[1] > 0).float().mean() for each in both]
+    assert shares[1] > 2 * shares[0]
+
+
 def test_the_same_again() -> None:
     first, second, other = scenes(), scenes(), scenes(seed=1)
     for part in ("train", "val", "test"):
@@ -110,6 +123,11 @@ def test_the_global_generators_are_left_alone() -> None:
         ({"seed": -1}, "seed of the scenes"),
         ({"val": 0}, "val of the scenes must be an integer from 1"),
         ({"train": 1.5}, r"got 1\.5"),
+        ({"most": 0}, "most of the scenes must be an integer from 1 to 10, got 0"),
+        ({"sides": (0.7, 0.4)}, r"sides of the digits must be two shares .* got \(0\.7, 0\.4\)"),
+        ({"sides": [0.5]}, r"got \[0\.5\]"),
+        ({"sides": [0.5, 1.1]}, r"got \[0\.5, 1\.1\]"),
+        ({"sides": ["0.5", 0.6]}, r"got \['0\.5', 0\.6\]"),
     ],
 )
 def test_values_out_of_range(options: dict[str, Any], text: str) -> None:

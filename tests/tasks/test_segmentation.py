@@ -255,3 +255,14 @@ def test_resolve() -> None:
     assert tasks.resolve("segmentation") == Segmentation()
     spec = {"segmentation": {"ohem": 0.7, "class_weights": [1.0, 2.0]}}
     assert tasks.resolve(spec) == Segmentation(ohem=0.7, class_weights=[1.0, 2.0])
+
+
+def test_what_a_picture_shows() -> None:
+    outputs = scores((0.9, 0.1), (0.2, 0.8), (0.6, 0.4))
+    labels, called = Segmentation().maps(outputs, torch.tensor([[[0, 0, 255]]]))
+    assert labels.tolist() == [[[0, 0, -1]]]
+    assert called.tolist() == [[[0, 1, 0]]]
+    large = F.interpolate(outputs, scale_factor=2, mode="bilinear", align_corners=False)
+    labels, called = Segmentation().maps({"out": outputs}, torch.zeros(1, 2, 6, dtype=torch.long))
+    assert called.shape == labels.shape == (1, 2, 6)
+    assert torch.equal(called, large.argmax(1))

@@ -11,6 +11,7 @@ from torch import nn
 
 from cpd import costs, exporters
 from cpd.budgets import parse_target
+from cpd.compress.pictures import pictures
 from cpd.compress.run import Run
 from cpd.costs import latency
 from cpd.distill import Batches, evaluate
@@ -43,6 +44,7 @@ def report(
         environment=environment() if run.main and config.onnx else {},
         proof=proof,
         notes=plan.notes,
+        pictures=pictures(run, networks) if run.main else (),
         title=f"{config.model or type(networks['before']).__name__} → {_shown(config.target)}",
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +18,16 @@ from cpd.errors import InputError
 __all__ = ["Scenes", "scenes"]
 
 _CLASSES = 11  # background, then the digits 0 … 9
-_MOST = 3  # digits in a scene
 _INK = 0.45  # how dark a pixel of a digit is to carry its label
 _PARTS = {"train": 0, "val": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How scenes look: up to ``most`` digits with sides of ``sides``, shares of the scene's."""
+
+    most: int = 3
+    sides: tuple[float, float] = (0.4, 0.7)
 
 
 class Scenes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -36,9 +46,11 @@ class Scenes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         count: int,
         address: tuple[int, int],
         fresh: bool = False,
+        drawing: Drawing | None = None,
     ) -> None:
         self.images, self.labels = images, labels
         self.size, self.count, self.address, self.fresh = size, count, address, fresh
+        self.drawing = drawing or Drawing()
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.set_epoch(0)
 
@@ -64,7 +76,7 @@ class Scenes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         generator = np.random.default_rng([*self.address, self.epoch, index])
         image = _texture(generator, self.size)
         labels = torch.zeros(self.size, self.size, dtype=torch.int64)
-        for _ in range(int(generator.integers(1, _MOST + 1))):
+        for _ in range(int(generator.integers(1, self.drawing.most + 1))):
             self._draw(generator, image, labels)
         image += 0.03 * _normal(generator, 3, self.size, self.size)
         return (image.clamp(0, 1) - 0.5) / 0.25, labels
@@ -74,7 +86,7 @@ class Scenes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         """Put one digit somewhere, over what is there."""
         chosen = int(generator.integers(len(self.labels)))
-        high, wide = (int(self.size * generator.uniform(0.4, 0.7)) for _ in range(2))
+        high, wide = (int(self.size * generator.uniform(*self.drawing.sides)) for _ in range(2))
         top, left = (int(generator.integers(self.size - side + 1)) for side in (high, wide))
         small = self.images[chosen][None, None]
         ink = F.interpolate(small, size=(high, wide), mode="bilinear", align_corners=False)[0, 0]
@@ -133,15 +145,19 @@ def scenes(
     val: int = 200,
     test: int = 200,
     fresh: bool = True,
+    most: int = 3,
+    sides: Sequence[float] = (0.4, 0.7),
 ) -> Data:
     """Return scenes as x float32 (3, size, size) and y int64 (size, size) in 0 … 10.
 
-    One to three digits of 0.4 to 0.7 of the side, each in a colour of its own, lie over one another
-    and over a tinted texture. Class 0 is the background, class d + 1 the digit d. No written digit
-    of one part occurs in another.
+    One to ``most`` digits, each in a colour of its own, lie over one another and over a tinted
+    texture. Class 0 is the background, class d + 1 the digit d. No written digit of one part occurs
+    in another.
 
     size: side of the scenes, 64 to 128. seed: of the scenes; the split of the digits is fixed.
     train, val, test: scenes of each part. fresh: other training scenes in every epoch.
+    most: digits of a scene. sides: height and width of a digit lie between these two shares of the
+    scene's side, each on its own. Fewer and larger digits are easier to learn.
 
     Pixels are (p − 0.5) / 0.25. The same arguments give the same data, bit for bit. Raises
     InputError for values out of range. Needs scikit-learn.
@@ -150,6 +166,8 @@ def scenes(
     _check("seed", seed, 0, 2**32 - 1)
     for name, count in (("train", train), ("val", val), ("test", test)):
         _check(name, count, 1, 10**7)
+    _check("most", most, 1, 10)
+    drawing = Drawing(most, _shares(sides))
     images, labels, split = _digits()
     counts = {"train": train, "val": val, "test": test}
     parts = {
@@ -160,10 +178,22 @@ def scenes(
             count=counts[part],
             address=(seed, number),
             fresh=fresh and part == "train",
+            drawing=drawing,
         )
         for part, number in _PARTS.items()
     }
     return Data(**parts, num_classes=_CLASSES, input_shape=(3, size, size), name="scenes")
+
+
+def _shares(sides: Sequence[Any]) -> tuple[float, float]:
+    """Two shares of a scene's side, the smaller first; a digit keeps at least one pixel a pixel."""
+    numbers = [side for side in sides if isinstance(side, int | float)]
+    if len(sides) != 2 or len(numbers) != 2 or not 0.125 <= sides[0] <= sides[1] <= 1:
+        raise InputError(
+            "sides of the digits must be two shares of the scene's side, from 0.125 to 1, the "
+            f"smaller first; got {sides!r}."
+        )
+    return float(sides[0]), float(sides[1])
 
 
 def _check(name: str, value: object, least: int, most: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from cpd.distill.batches import Batches, to_device, unpack
 
-__all__ = ["evaluate"]
+__all__ = ["answer", "evaluate", "judged"]
 
 
 def evaluate(
@@ -20,18 +22,30 @@ def evaluate(
     ``model`` runs in evaluation mode and gets every module's training flag back. The metrics are
     torchmetrics and reduce over processes on their own.
     """
-    flags = {module: module.training for module in model.modules()}
     metrics = task.metrics().to(device)
-    infer: Any = getattr(task, "infer", None)  # a task may want more than one call, such as windows
+    with judged(model):
+        for batch in batches.epoch(0):
+            batch = to_device(batch, device)
+            metrics.update(answer(model, task, batch), unpack(batch)[2])
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+@contextmanager
+def judged(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; every module's training flag as it was after."""
+    flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches.epoch(0):
-                args, kwargs, targets = unpack(to_device(batch, device))
-                asked = infer is not None and not kwargs and len(args) == 1
-                outputs = infer(model, args[0]) if asked else model(*args, **kwargs)
-                metrics.update(outputs, targets)
+            yield
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def answer(model: nn.Module, task: Any, batch: Any) -> Any:
+    """What a network makes of a batch, the way the task judges it: in one call, or by windows."""
+    args, kwargs, _ = unpack(batch)
+    infer: Any = getattr(task, "infer", None)  # a task may want more than one call, such as windows
+    asked = infer is not None and not kwargs and len(args) == 1
+    return infer(model, args[0]) if asked else model(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from cpd.report.environment import environment
 from cpd.report.measures import Measures
+from cpd.report.pictures import Picture, picture
 from cpd.report.value import Report
 
-__all__ = ["Measures", "Report", "environment"]
+__all__ = ["Measures", "Picture", "Report", "environment", "picture"]

@@ -34,7 +34,7 @@ pre { margin: 0; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .none { color: var(--soft); }
 """
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src {script}"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {script}"
 _NUMBER = "0123456789–−"
 _NONE = '<p class="none">Nothing was recorded.</p>'
 

@@ -16,6 +16,7 @@ from cpd.files import write_text
 from cpd.groups import Frozen
 from cpd.plan import Width
 from cpd.report.measures import HEAD, Measures, plain, rows
+from cpd.report.pictures import STYLE, Picture, section
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,7 @@ class Report:
     | "recover", "event": "step" | "prune" | "eval" | "checkpoint", …} with whatever numbers were
     taken (loss, lr, macs, params, metrics). ``widths`` are the channels of each group before and
     after, ``frozen`` the axes that could not go and why, ``proof`` the text of ``verify``,
-    ``notes`` how far below its budgets the plan is, and why.
+    ``notes`` how far below its budgets the plan is, and why. ``pictures`` show test samples, where the task can be shown.
 
     History, configuration and environment become plain JSON values here: tensors and numpy scalars
     numbers, non-finite numbers None, functions and paths their names. So a report read back from
@@ -50,11 +51,12 @@ class Report:
     proof: str = ""
     title: str = "Compression"
     notes: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("history", "config", "environment"):
             object.__setattr__(self, name, _jsonable(getattr(self, name)))
-        for name in ("widths", "frozen", "notes"):
+        for name in ("widths", "frozen", "notes", "pictures"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __str__(self) -> str:
@@ -90,6 +92,7 @@ class Report:
             "notes": list(self.notes),
             "config": self.config,
             "environment": self.environment,
+            "pictures": [_jsonable(asdict(picture)) for picture in self.pictures],
             "history": self.history,
         }
         return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -112,7 +115,8 @@ class Report:
             before, after = (_measures(content.pop(name)) for name in ("before", "after"))
             widths = tuple(Width(**entry) for entry in content.pop("widths"))
             frozen = tuple(Frozen(**entry) for entry in content.pop("frozen"))
-            return cls(before, after, widths=widths, frozen=frozen, **content)
+            pictures = tuple(Picture(**entry) for entry in content.pop("pictures", ()))
+            return cls(before, after, widths=widths, frozen=frozen, pictures=pictures, **content)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ArtefactError(
                 f"report: not written by this library, or damaged: {type(error).__name__}: "
@@ -145,7 +149,9 @@ class Report:
             page.section("Configuration", page.text(_pretty(self.config)), folded=True),
             page.section("Environment", page.text(_pretty(self.environment)), folded=True),
         ]
-        return write_text(path, page.document(self.title, sections))
+        if self.pictures:
+            sections.insert(1, page.section("Pictures", section(self.pictures)))
+        return write_text(path, page.document(self.title, sections, style=STYLE))
 
 
 _WIDTH_HEAD = ("group", "kind", "before", "after")

@@ -186,6 +186,11 @@ class Segmentation:
         called = resized(logits, targets).argmax(dim=1)
         return called[counts], targets[counts], logits.shape[1]
 
+    def maps(self, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a picture shows, int64 (N, H, W): the labels, −1 where ignored, and calls."""
+        called = resized(self.logits(outputs), targets).argmax(dim=1)
+        return targets.masked_fill(targets == self.ignore_index, -1), called
+
 
 def _starts(length: int, window: int, step: int) -> list[int]:
     """Where windows begin so that they cover a length and none reaches beyond it."""
