@@ -34,7 +34,8 @@ class Report:
     | "recover", "event": "step" | "prune" | "eval" | "checkpoint", …} with whatever numbers were
     taken (loss, lr, macs, params, metrics). ``widths`` are the channels of each group before and
     after, ``frozen`` the axes that could not go and why, ``proof`` the text of ``verify``,
-    ``notes`` how far below its budgets the plan is, and why. ``pictures`` show test samples, where the task can be shown.
+    ``notes`` how far below its budgets the plan is, and why, ``pictures`` test samples, where the
+    task can be shown.
 
     History, configuration and environment become plain JSON values here: tensors and numpy scalars
     numbers, non-finite numbers None, functions and paths their names. So a report read back from
