@@ -25,7 +25,7 @@ EXCEPTIONS: dict[str, str] = {
 }
 
 # May name architectures, parameters and libraries of models.
-KNOWS_MODELS = ("models", "data", "cli", "_torchvision.py", "_mend.py")
+KNOWS_MODELS = ("models", "data", "cli", "adapters", "_torchvision.py", "_mend.py")
 
 # Long words are refused anywhere in an identifier, short ones as a whole part of one.
 LONG_WORDS = (
@@ -59,6 +59,7 @@ SHORT_WORDS = (
 EXTRAS = (
     "accelerate",
     "jsonargparse",
+    "lightning",
     "matplotlib",
     "onnx",
     "onnxruntime",
@@ -77,10 +78,22 @@ EXTRAS = (
 # Modules that may need an extra to be imported at all -> why.
 NEEDS_EXTRAS: dict[str, str] = {
     "cpd.tasks._confusion": "a subclass of torchmetrics.Metric; imported in Segmentation.metrics",
+    "cpd.adapters.lightning": "a subclass of Lightning's Callback; imported by its users alone",
+    "cpd.adapters.transformers": "subclasses of its Trainer and callback; imported by users alone",
     "cpd.tasks._topk": "a subclass of torchmetrics.Metric; imported inside Classification.metrics",
 }
 
-SHELVES = ("rules", "importance", "costs", "losses", "tasks", "data", "models", "exporters")
+SHELVES = (
+    "rules",
+    "importance",
+    "costs",
+    "losses",
+    "tasks",
+    "data",
+    "models",
+    "exporters",
+    "adapters",
+)
 
 # Modules of a shelf that its other members may import, beside those that start with an underscore.
 SHARED_IN_SHELF = ("base",)

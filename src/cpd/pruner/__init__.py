@@ -141,13 +141,13 @@ class Pruner:
         optimizer.zero_grad(set_to_none=True)
         return attached.event
 
-    def attach(self, optimizer: Any) -> Attached:
+    def attach(self, optimizer: Any, *, observe: bool = True) -> Attached:
         """Observe before and advance after every step of an optimizer, whoever calls it.
 
-        Not for optimizers that are stepped with a closure. Returns a handle whose `remove()` ends
-        it.
+        Where the step gets a closure that computes the gradients, call `observe()` in the closure
+        and attach with `observe=False`. Returns a handle whose `remove()` ends it.
         """
-        return Attached(self, optimizer)
+        return Attached(self, optimizer, observe=observe)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Show the loss to an importance of curvature ("hutchinson", "kfac"); others need none."""

@@ -27,7 +27,8 @@ class Watched(Protocol):
 class Attached:
     """Hooks on an optimizer: observe before a step, advance after it."""
 
-    def __init__(self, pruner: Watched, optimizer: Any) -> None:
+    def __init__(self, pruner: Watched, optimizer: Any, *, observe: bool = True) -> None:
+        self.observing = observe
         self.pruner = pruner
         self.event: Event | None = None
         inner = inner_optimizer(optimizer)
@@ -41,7 +42,7 @@ class Attached:
         """A fused step unscales gradients by itself: undo the scale here, and see what it skips."""
         scale, skipped = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         self.left_out = skipped is not None and bool(skipped.item())
-        if self.left_out:
+        if self.left_out or not self.observing:
             return
         factor = 1.0 if scale is None else float(scale)
         with _scaled(optimizer, 1 / factor):

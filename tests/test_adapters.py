@@ -1,0 +1,202 @@
+"""The same plan in every training loop, from the same seed and order of data."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+import cpd
+from cpd import errors
+from cpd.losses import resolve
+from examples import common, plain
+
+pytest.importorskip("accelerate")
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+LOOPS = {
+    "with_accelerate": {},
+    "with_timm": {"timm_recipe": False},
+    "with_transformers": {},
+    "with_lightning": {},
+}
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return plain.main()
+
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the libraries about themselves
+        yield
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_loop_makes_the_plan_of_a_plain_one(name, wanted, quiet):
+    if name == "with_lightning" and find_spec("lightning") is None:
+        pytest.skip("Lightning is not installed: its callback is driven by hand below")
+    small, plan = importlib.import_module(f"examples.{name}").main(**LOOPS[name])
+    assert plan.to_json() == wanted[1].to_json()
+    for one, two in zip(small.parameters(), wanted[0].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_the_examples_train(wanted, quiet):
+    from examples import with_timm
+
+    assert common.accuracy(wanted[0]) > 0.8
+    assert common.accuracy(with_timm.main()[0]) > 0.5  # the average of a short run
+
+
+def trainer(model, pruner, folder, kind=None, **more):
+    from transformers import Trainer
+
+    from cpd.adapters.transformers import PruneCallback
+    from examples.with_transformers import arguments
+
+    callback = PruneCallback(pruner)
+    settings = more.pop("settings", {})
+    made = (kind or Trainer)(
+        model=model,
+        args=arguments(str(folder), max_steps=36, **settings),
+        train_dataset=common.Ordered(),
+        optimizers=(common.optimizer_of(model), None),
+        callbacks=[callback],
+        **more,
+    )
+    return made, callback
+
+
+SHORT = {**common.PRUNING, "interval": 8}
+
+
+@pytest.mark.parametrize("cut_every", [0, 1])
+def test_a_trainer_goes_on_from_its_checkpoint(cut_every, tmp_path, quiet):
+    found = []
+    settings = {"save_strategy": "steps", "save_steps": 12, "max_grad_norm": 1.0}
+    for folder in (None, tmp_path / "checkpoint-12"):
+        model = common.network()
+        pruner = cpd.Pruner(model, common.EXAMPLE, **SHORT, cut_every=cut_every)
+        made, callback = trainer(model, pruner, tmp_path, settings=settings)
+        if folder is not None:
+            callback.resume(folder)
+            assert pruner.steps == 12
+        made.train(resume_from_checkpoint=None if folder is None else str(folder))
+        found.append((pruner.plan.to_json(), pruner.finish().state_dict()))
+    assert found[0][0] == found[1][0]
+    for name, tensor in found[0][1].items():
+        assert torch.equal(tensor, found[1][1][name]), name
+    with pytest.raises(errors.ArtefactError, match="cannot read"):
+        callback.resume(tmp_path)
+
+
+def test_accumulated_batches_of_a_trainer(tmp_path, quiet):
+    plans = []
+    for parts in (1, 2):
+        model = common.network()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train = lambda mode=True, module=module: module
+                module.training = False  # statistics of a part are not those of the batch
+        pruner = cpd.Pruner(model, common.EXAMPLE, **{**SHORT, "importance": "taylor"})
+        settings = {
+            "per_device_train_batch_size": common.BATCH // parts,
+            "gradient_accumulation_steps": parts,
+        }
+        made, _ = trainer(model, pruner, tmp_path, settings=settings)
+        made.train()
+        assert pruner.steps == 36
+        plans.append({w.group: w.after for w in pruner.plan.widths})
+    assert plans[0] == plans[1]
+
+
+def test_a_trainer_distills(tmp_path, quiet):
+    from cpd.adapters.transformers import DistillTrainer
+
+    teacher = common.network()
+    losses = {"kd": {"weight": 2.0}, "inside": {"loss": "at", "at": "inside"}}
+    model = common.network()
+    pruner = cpd.Pruner(model, common.EXAMPLE, **SHORT)
+    made, _ = trainer(
+        model, pruner, tmp_path, DistillTrainer, teacher=teacher, losses=losses, task_weight=0.5
+    )
+    batch = next(iter(common.loader()))
+    with torch.no_grad():
+        loss = made.compute_loss(model.train(), dict(batch))
+        outputs, taught = model(**batch), teacher(**batch)
+        kd = sum(resolve("kd")(outputs["logits"], taught["logits"]).values())
+        plain_loss = made.compute_loss(model.eval(), dict(batch))
+    assert float(loss) > 0.5 * float(outputs["loss"]) + 2 * float(kd) - 1e-6
+    assert float(plain_loss) == pytest.approx(float(model(**batch)["loss"]), rel=1e-5)
+    made.train()
+    assert pruner.finished
+    assert not teacher.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    learns = {"losses": "mgd", "teacher": teacher}
+    with pytest.raises(errors.InputError, match=r"learn or remember \(mgd\)"):
+        trainer(model, pruner, tmp_path, DistillTrainer, **learns)
+
+
+def test_a_network_of_transformers_is_pruned_and_distilled(tmp_path, quiet):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from cpd.adapters.transformers import DistillTrainer
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 16, "patch_size": 4}
+    config = ViTConfig(
+        **sizes, num_hidden_layers=2, num_attention_heads=4, num_channels=1, num_labels=10
+    )
+    torch.manual_seed(0)
+    teacher = ViTForImageClassification(config)
+    model = ViTForImageClassification(config)
+    model.load_state_dict(teacher.state_dict())
+    pruner = cpd.Pruner(model, common.EXAMPLE, **{**SHORT, "target": "macs=0.6"}, cut_every=2)
+    made, _ = trainer(model, pruner, tmp_path, DistillTrainer, teacher=teacher)
+    made.train()
+    small = pruner.finish()
+    assert small is model
+    assert sum(w.after < w.before for w in pruner.plan.widths) > 1
+    assert cpd.costs.params(small) < 0.8 * cpd.costs.params(teacher)
+
+
+def test_the_callback_of_lightning_by_hand(wanted, monkeypatch):
+    """Its hooks in the order in which Lightning calls them: gradients are computed in the step."""
+    if find_spec("lightning") is None:
+        callbacks = types.ModuleType("lightning.pytorch.callbacks")
+        callbacks.Callback = object
+        for name in ("lightning", "lightning.pytorch"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", callbacks)
+    from cpd.adapters.lightning import PruneCallback
+
+    model = common.network().train()
+    optimizer = common.optimizer_of(model)
+    pruner = cpd.Pruner(model, common.EXAMPLE, **common.PRUNING)
+    callback = PruneCallback(pruner)
+    callback.on_train_start(types.SimpleNamespace(optimizers=[optimizer]), model)
+    for batch in common.loader():
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = model(**batch)["loss"]
+            loss.backward()
+            callback.on_before_optimizer_step(None, model, optimizer)
+            return loss
+
+        optimizer.step(closure)
+    callback.on_train_end(None, model)
+    assert callback.state_dict()["steps"] == common.STEPS
+    assert pruner.plan.to_json() == wanted[1].to_json()
+    again = PruneCallback(cpd.Pruner(common.network(), common.EXAMPLE, **common.PRUNING))
+    again.load_state_dict(callback.state_dict())
+    assert again.pruner.plan.to_json() == wanted[1].to_json()
