@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo demo-seg bench zoo fuzz slow lint format types layers clean
+.PHONY: setup test demo demo-seg study paper-costs bench zoo fuzz slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -45,6 +45,14 @@ demo: $(STAMP)
 
 demo-seg: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo-seg.yaml --output out/demo-seg --overwrite true
+
+# The paper's questions at small scale; an hour or two, stopped and started at will.
+study: $(STAMP)
+	for name in table4 figure5 table3; do $(BIN)/python -m cpd.cli study recipes/study/$$name.yaml || exit; done
+
+# What the full-size tables cost before and after, with random weights.
+paper-costs: $(STAMP)
+	for name in table1 table2; do $(BIN)/python -m cpd.cli study recipes/paper/$$name.yaml --cost_only true || exit; done
 
 rules: $(STAMP)
 	$(BIN)/python tools/rules_page.py

@@ -16,7 +16,7 @@ from cpd.cli.models import Source, named
 from cpd.compress import CompressConfig
 from cpd.distill.optim import try_out
 
-RECIPES = sorted((house.ROOT / "recipes" / "paper").glob("*.yaml"))
+RECIPES = sorted((house.ROOT / "recipes" / "paper").glob("*-*.yaml"))
 
 
 def read(path: Path) -> dict[str, Any]:

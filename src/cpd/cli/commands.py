@@ -221,10 +221,7 @@ class Shell:
 
         from cpd.compress import compress
 
-        source = Source(values.pop("model"))
-        for key in ("data", "task", "importance", "losses", "teacher"):
-            if key in values:
-                values[key] = values[key] if values[key] == "self" else named(key, values[key])
+        source, values = _settled(values)
         import torch
 
         main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
@@ -238,8 +235,63 @@ class Shell:
         if values.get("output") is not None:
             self.console.print(f"in {values['output']}: the network, its plan, ONNX, the report")
 
+    def study(
+        self,
+        file: str,
+        cost_only: bool = False,
+        minutes: float | None = None,
+        seconds: float = 600.0,
+        threads: int | None = None,
+        output: str | None = None,
+    ) -> None:
+        """Run a grid of recipes, each once; write its table and figures. Go on by running it again.
 
-COMMANDS = ("comb", "prune", "export", "bench", "report")
+        Args:
+            file: a YAML file with axes of changes to a recipe, see docs/study.md.
+            cost_only: measure parameters, MACs and latency alone, with random weights, no data.
+            minutes: begin no further run after so many.
+            seconds: with cost_only, the longest that a pair of networks is timed.
+            threads: with cost_only, threads within an operator; by default as the recipe says.
+            output: folder for the table and the figures, by default as the file says.
+        """
+        from cpd import study as grid
+        from cpd.cli.flags import checked, read
+
+        place = Path(file)
+        study = grid.Study.of(read(place), lambda name: read(place.parent / name))
+        folder = Path(output or study.output) / ("costs" if cost_only else "")
+
+        def told(found: list[grid.Outcome], name: str) -> None:
+            grid.write(study, found, folder)
+            done = sum(outcome.report is not None for outcome in found)
+            if name:
+                self.console.print(f"{done} of {len(found)} done; next: {name}", markup=False)
+
+        found = grid.run(
+            study,
+            lambda values: _settled(checked(values)),
+            minutes=minutes,
+            cost_only=cost_only,
+            seconds=seconds,
+            threads=threads,
+            told=told,
+        )
+        done = sum(outcome.report is not None for outcome in found)
+        shown = grid.table(study, grid.records(study, found))
+        self.console.print(shown, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"{done} of {len(found)} runs are done; in {folder}")
+
+
+COMMANDS = ("comb", "prune", "export", "bench", "report", "study")
+
+
+def _settled(values: dict[str, Any]) -> tuple[Source, dict[str, Any]]:
+    """Where the network comes from, and the other keywords of ``cpd.compress``, names resolved."""
+    source = Source(values.pop("model"))
+    for key in ("data", "task", "importance", "losses", "teacher"):
+        if key in values:
+            values[key] = values[key] if values[key] == "self" else named(key, values[key])
+    return source, values
 
 
 def _made(source: Source, weights: str | None = None, seed: int = 0) -> nn.Module:

@@ -15,7 +15,7 @@ from cpd.errors import InputError, UnknownName
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["describe", "parser", "read", "settings"]
+__all__ = ["checked", "describe", "parser", "read", "settings"]
 
 
 STAGES: dict[str, type] = {
@@ -39,7 +39,7 @@ def settings(words: list[str]) -> dict[str, Any]:
         values = _over(values, read(Path(rest.pop(0))))
     for key, value in _pairs(rest):
         _put(values, key.split("."), value)
-    return _checked(values)
+    return checked(values)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _default(path: list[str]) -> Any:
     return {}
 
 
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
+def checked(values: dict[str, Any]) -> dict[str, Any]:
     """The values as their types ask for; the first key that does not exist is named."""
     valid = [item.name for item in fields(CompressConfig)]
     for key in values:

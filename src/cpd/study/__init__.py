@@ -1,0 +1,7 @@
+"""Studies: a grid of compressions, run one by one and never twice, as one table and its figures."""
+
+from cpd.study.grid import Cell, Study
+from cpd.study.pages import records, table, write
+from cpd.study.run import Outcome, run
+
+__all__ = ["Cell", "Outcome", "Study", "records", "run", "table", "write"]

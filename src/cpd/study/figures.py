@@ -1,0 +1,172 @@
+"""Figures of a study: a metric against what was removed, and the best classes side by side."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cpd.study.grid import Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["bars", "curves", "drawn", "knee"]
+
+Record = Mapping[str, Any]
+Curve = list[tuple[float, float, float]]  # removed, mean, deviation
+
+
+def drawn(
+    study: Study, found: Sequence[Record], figure: Mapping[str, Any]
+) -> tuple[str, list[str]] | None:
+    """The figure as SVG with what is to be said of it, or nothing where there is no data."""
+    where = figure.get("where", {})
+    records = [
+        record
+        for record in found
+        if record["after"]["metrics"]
+        and all(record["place"][axis] == str(level) for axis, level in where.items())
+    ]
+    if not records:
+        return None
+    series = figure.get("series")
+    if figure["kind"] == "classes":
+        return _svg(_classes(bars(records, series, figure.get("count", 16)))), []
+    lines = curves(records, series, study.metric, study.over)
+    said = []
+    for name, curve in lines.items():
+        at = knee([(x, y) for x, y, _ in curve])
+        if at is not None:
+            said.append(f"- {name}: the knee is at {at:.0%} of the MACs removed.")
+    return _svg(_lines(lines, study.metric)), said
+
+
+def curves(
+    records: Sequence[Record], series: str | None, metric: str, over: str | None = None
+) -> dict[str, Curve]:
+    """Line → points in order of what was removed, each a mean over the levels of ``over``.
+
+    The first point is the unpruned network, with nothing removed.
+    """
+    found: dict[str, dict[tuple[str, ...], list[tuple[float, float]]]] = {}
+    for record in records:
+        named = record["place"]
+        places = found.setdefault(named[series] if series else metric, {})
+        place = tuple(level for axis, level in named.items() if axis != over)
+        removed = 1 - record["after"]["macs"] / record["before"]["macs"]
+        for key, side, x in (((), "before", 0.0), (place, "after", removed)):
+            value = record[side]["metrics"].get(metric)
+            if value is not None:
+                places.setdefault(key, []).append((x, value))
+    return {name: _means(places) for name, places in found.items()}
+
+
+def _means(places: Mapping[tuple[str, ...], Sequence[tuple[float, float]]]) -> Curve:
+    points = []
+    for values in places.values():
+        removed, scores = zip(*values, strict=True)
+        spread = statistics.stdev(scores) if len(set(scores)) > 1 else 0.0
+        points.append((statistics.fmean(removed), statistics.fmean(scores), spread))
+    return sorted(points)
+
+
+def knee(points: Sequence[tuple[float, float]]) -> float | None:
+    """Where a falling curve bends: the x farthest above the chord from its first to its last point.
+
+    Both axes are scaled to [0, 1] first. Nothing for fewer than three points, or where no point
+    lies above the chord. V. Satopää et al., "Finding a 'Kneedle' in a Haystack", ICDCSW 2011.
+    """
+    if len(points) < 3:
+        return None
+    ordered = sorted(points)
+    (left, top), (right, bottom) = ordered[0], ordered[-1]
+    high, low = max(y for _, y in ordered), min(y for _, y in ordered)
+    if right == left or high == low:
+        return None
+
+    def above(x: float, y: float) -> float:
+        chord = top + (bottom - top) * (x - left) / (right - left)
+        return (y - chord) / (high - low)
+
+    height, place = max((above(x, y), x) for x, y in ordered)
+    return place if height > 1e-9 else None
+
+
+def bars(records: Sequence[Record], series: str | None, count: int) -> dict[str, dict[str, float]]:
+    """Series → class → mean intersection over union, for the classes best on average, best first.
+
+    Classes are the metrics "iou_0", "iou_1", …; one that a series lacks is left out of it.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        name = record["place"][series] if series else ""
+        for metric, value in record["after"]["metrics"].items():
+            if metric.startswith("iou_") and value == value:  # a class that never occurs has none
+                values.setdefault(metric, {}).setdefault(name, []).append(value)
+    means = {
+        metric: {name: statistics.fmean(each) for name, each in named.items()}
+        for metric, named in values.items()
+    }
+    best = sorted(means, key=lambda metric: -statistics.fmean(means[metric].values()))[:count]
+    names = {name: None for metric in best for name in means[metric]}
+    return {
+        name: {
+            metric.removeprefix("iou_"): means[metric][name]
+            for metric in best
+            if name in means[metric]
+        }
+        for name in names
+    }
+
+
+def _lines(lines: Mapping[str, Curve], metric: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in lines.items():
+        removed, values, spread = zip(*curve, strict=True)
+        percent = [100 * x for x in removed]
+        scaled = [[100 * y for y in each] for each in (values, spread)]
+        bar = axes.errorbar(percent, scaled[0], scaled[1], marker="o", capsize=3, label=name)
+        at = knee(list(zip(removed, values, strict=True)))
+        if at is not None:
+            axes.axvline(100 * at, color=bar[0].get_color(), linestyle=":", linewidth=1)
+    axes.set_xlabel("MACs removed, %; dotted: the knee")
+    axes.set_ylabel(f"{metric}, %")
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend()
+    return figure
+
+
+def _classes(named: Mapping[str, Mapping[str, float]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    classes = list(dict.fromkeys(each for values in named.values() for each in values))
+    figure = Figure(figsize=(max(7, 0.7 * len(classes)), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(named)
+    for number, (name, values) in enumerate(named.items()):
+        places = [place + width * (number - (len(named) - 1) / 2) for place in range(len(classes))]
+        heights = [100 * values.get(each, 0.0) for each in classes]
+        axes.bar(places, heights, width, label=name or None)
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_xlabel("class, best on average first")
+    axes.set_ylabel("intersection over union, %")
+    axes.grid(axis="y", alpha=0.3)
+    if len(named) > 1:
+        axes.legend(fontsize=8, ncols=3)
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as a file of its own, the same each time."""
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()

@@ -1,0 +1,153 @@
+"""Verb: run what of a study has not been run yet, one cell after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from safetensors.torch import save_file
+
+from cpd import data as data_shelf
+from cpd.compress import CompressConfig, compress
+from cpd.compress.run import built
+from cpd.distill import distill, isolated, snapshot
+from cpd.errors import InputError
+from cpd.files import publish, staging, write_text
+from cpd.report import Report
+from cpd.study.costs import costed
+from cpd.study.grid import Cell, Study, laid, names_in
+
+__all__ = ["Outcome", "run"]
+
+Settle = Callable[[dict[str, Any]], tuple[Any, dict[str, Any]]]
+_OF_A_BASE = ("model", "model_args", "data", "task", "base", "seed")
+_OF_COSTS = ("model", "model_args", "target", "ignore", "exact", "unknown", "keep_class", "bench")
+_OF_CHOICE = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell and what came of it: its report, or nothing where it has not been run."""
+
+    cell: Cell
+    report: Report | None
+
+
+def run(
+    study: Study,
+    settle: Settle,
+    *,
+    minutes: float | None = None,
+    cost_only: bool = False,
+    seconds: float = 600.0,
+    threads: int | None = None,
+    told: Callable[[list[Outcome], str], None] | None = None,
+    callbacks: tuple[Any, ...] = (),
+) -> list[Outcome]:
+    """Run every cell that has not been run; what is there already is read.
+
+    A cell broken off goes on from its last checkpoint, as does the training of a base.
+
+    Args:
+        settle: turns keys of a recipe into a callable that makes the network, and keywords of
+            ``compress``; called when a cell begins.
+        minutes: no cell is begun after so many.
+        cost_only: parameters, MACs and latency alone, of networks with random weights that are cut
+            by magnitude: no data, no training.
+        seconds: the longest a pair of networks is timed, with ``cost_only``; then the runs are
+            fewer than the recipe asks for, and the report says how many. threads: of the runtime.
+        told: called with all outcomes and the next cell's name before each, and at the end with "".
+
+    Raises what ``compress`` raises.
+    """
+    begun = monotonic()
+    changed = {"bench": {"threads": threads}} if cost_only and threads is not None else {}
+    cells = [Cell(cell.place, laid(cell.values, changed)) for cell in study.cells()]
+    found = [Outcome(cell, _done(study, cell, cost_only)) for cell in cells]
+    for number, cell in enumerate(cells):
+        late = minutes is not None and monotonic() - begun > 60 * minutes
+        if found[number].report is not None or late:
+            continue
+        if told is not None:
+            told(found, cell.name)
+        if cost_only:
+            source, keywords = settle(_without_training(cell.values))
+            config = CompressConfig.of(**keywords)
+            report = costed(source, config, shape=study.input_shape, seconds=seconds)
+            write_text(_place(study, cell, cost_only) / "report.json", report.to_json())
+        else:
+            report = _trained(study, cell, settle, callbacks)
+        found[number] = Outcome(cell, report)
+    if told is not None:
+        told(found, "")
+    return found
+
+
+def _place(study: Study, cell: Cell, cost_only: bool) -> Path:
+    if not cost_only:
+        return study.folder / study.address(cell.values)
+    return study.folder / f"costs-{study.address(cell.values, *_OF_COSTS, *_OF_CHOICE)}"
+
+
+def _done(study: Study, cell: Cell, cost_only: bool) -> Report | None:
+    path = _place(study, cell, cost_only) / "report.json"
+    return Report.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _without_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what costs do not depend on, above all weights and other teachers."""
+    return {k: v for k, v in values.items() if k not in ("weights", "teacher", "losses", "output")}
+
+
+def _trained(study: Study, cell: Cell, settle: Settle, callbacks: tuple[Any, ...]) -> Report:
+    seed = cell.values.get("seed", 0)
+    files = {
+        name: str(_base(study, name, seed, settle, callbacks)) for name in names_in(cell.values)
+    }
+    values = _filled(dict(cell.values), files)
+    folder = str(_place(study, cell, cost_only=False))
+    source, keywords = settle({**values, "output": folder, "resume": True})
+    return compress(source, callbacks=callbacks, **keywords).report
+
+
+def _filled(value: Any, files: Mapping[str, str]) -> Any:
+    """The recipe with the files of its bases in place of their names."""
+    if isinstance(value, Mapping):
+        return {key: _filled(item, files) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(item, files) for item in value]
+    named = isinstance(value, str) and value[:1] == "{" and value[1:-1] in files
+    return files[value[1:-1]] if named else value
+
+
+def _base(study: Study, name: str, seed: int, settle: Settle, callbacks: tuple[Any, ...]) -> Path:
+    """The file with a base's weights; trained now if it is not there."""
+    values = {**laid(study.recipe, study.bases[name]), "seed": seed}
+    path = study.folder / "bases" / f"{name}-{study.address(values, *_OF_A_BASE)}.safetensors"
+    if path.is_file():
+        return path
+    wanted = {key: values[key] for key in _OF_A_BASE if key in values}
+    source, keywords = settle({**wanted, "target": "macs=1"})
+    config = CompressConfig.of(**keywords)
+    if config.base is None:
+        raise InputError(f"the base {name!r} has no 'base': say how it is trained")
+    with isolated(config.seed):
+        network = built(source, config)
+    named = isinstance(config.data, str | dict)
+    trained = distill(
+        network,
+        data=data_shelf.resolve(config.data) if named else config.data,
+        task=config.task,
+        options=config.base,
+        seed=config.seed,
+        callbacks=callbacks,
+        checkpoint=path.with_suffix(".checkpoint"),
+        resume=True,
+    )
+    with staging(path.parent) as temporary:
+        save_file(snapshot(trained.model), temporary / path.name)
+        publish(temporary / path.name, path)
+    return path
