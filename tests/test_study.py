@@ -20,7 +20,7 @@ from cpd.compress import CompressConfig
 from cpd.errors import InputError, UnknownName
 from cpd.losses import resolve
 from cpd.report import Measures, Report
-from cpd.study import Outcome, Study, records, run, table, write
+from cpd.study import Costs, Outcome, Study, records, run, table, write
 from cpd.study.figures import bars, curves, knee
 
 RECIPES = house.ROOT / "recipes"
@@ -174,7 +174,7 @@ def test_costs_alone(tmp_path: Path) -> None:
     recipe = {**RECIPE, "weights": "none.safetensors", "data": {"imagenet": {"root": "nowhere"}}}
     axes = {"size": {"half": {}, "most": {"target": "macs=0.8"}}}
     study = grid(tmp_path, recipe=recipe, axes=axes, over=None, input_shape=[3, 16, 16])
-    found = run(study, settle, cost_only=True, seconds=0.0, threads=1)
+    found = run(study, settle, costs=Costs(seconds=0.0, threads=1))
     inputs = torch.randn(2, 3, 16, 16)
     for outcome, most in zip(found, (0.5, 0.8), strict=True):
         report = outcome.report

@@ -271,9 +271,7 @@ class Shell:
             study,
             lambda values: _settled(checked(values)),
             minutes=minutes,
-            cost_only=cost_only,
-            seconds=seconds,
-            threads=threads,
+            costs=grid.Costs(seconds, threads) if cost_only else None,
             told=told,
         )
         done = sum(outcome.report is not None for outcome in found)

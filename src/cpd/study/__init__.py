@@ -2,6 +2,6 @@
 
 from cpd.study.grid import Cell, Study
 from cpd.study.pages import records, table, write
-from cpd.study.run import Outcome, run
+from cpd.study.run import Costs, Outcome, run
 
-__all__ = ["Cell", "Outcome", "Study", "records", "run", "table", "write"]
+__all__ = ["Cell", "Costs", "Outcome", "Study", "records", "run", "table", "write"]

@@ -49,7 +49,7 @@ class Study:
         figures: mappings of ``name``, ``kind`` ("curve": metric against MACs removed, with its
             knee; "classes": the best classes), ``series`` (the axis of its lines or bars),
             ``where`` (axis → level, for the other axes) and ``count`` (of classes).
-        input_shape: of one sample, for measuring costs without data; of timm's networks known.
+        input_shape: of one sample, for measuring costs without data; some libraries know it.
         runs: folder of the cells, which several studies may share. output: folder of the page.
     """
 

@@ -20,12 +20,26 @@ from cpd.report import Report
 from cpd.study.costs import costed
 from cpd.study.grid import Cell, Study, laid, names_in
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Costs", "Outcome", "run"]
 
 Settle = Callable[[dict[str, Any]], tuple[Any, dict[str, Any]]]
 _OF_A_BASE = ("model", "model_args", "data", "task", "base", "seed")
 _OF_COSTS = ("model", "model_args", "target", "ignore", "exact", "unknown", "keep_class", "bench")
 _OF_CHOICE = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """How costs are measured.
+
+    Attributes:
+        seconds: the longest a pair of networks is timed; where that is too short for the runs that
+            the recipe asks for they are fewer, and the report says how many.
+        threads: of the runtime; nothing: as the recipe says.
+    """
+
+    seconds: float = 600.0
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +55,7 @@ def run(
     settle: Settle,
     *,
     minutes: float | None = None,
-    cost_only: bool = False,
-    seconds: float = 600.0,
-    threads: int | None = None,
+    costs: Costs | None = None,
     told: Callable[[list[Outcome], str], None] | None = None,
     callbacks: tuple[Any, ...] = (),
 ) -> list[Outcome]:
@@ -55,29 +67,28 @@ def run(
         settle: turns keys of a recipe into a callable that makes the network, and keywords of
             ``compress``; called when a cell begins.
         minutes: no cell is begun after so many.
-        cost_only: parameters, MACs and latency alone, of networks with random weights that are cut
-            by magnitude: no data, no training.
-        seconds: the longest a pair of networks is timed, with ``cost_only``; then the runs are
-            fewer than the recipe asks for, and the report says how many. threads: of the runtime.
+        costs: measure parameters, MACs and latency alone, of networks with random weights that are
+            cut by magnitude: no data, no training.
         told: called with all outcomes and the next cell's name before each, and at the end with "".
 
     Raises what ``compress`` raises.
     """
     begun = monotonic()
-    changed = {"bench": {"threads": threads}} if cost_only and threads is not None else {}
+    threads = None if costs is None else costs.threads
+    changed = {} if threads is None else {"bench": {"threads": threads}}
     cells = [Cell(cell.place, laid(cell.values, changed)) for cell in study.cells()]
-    found = [Outcome(cell, _done(study, cell, cost_only)) for cell in cells]
+    found = [Outcome(cell, _done(study, cell, costs is not None)) for cell in cells]
     for number, cell in enumerate(cells):
         late = minutes is not None and monotonic() - begun > 60 * minutes
         if found[number].report is not None or late:
             continue
         if told is not None:
             told(found, cell.name)
-        if cost_only:
+        if costs is not None:
             source, keywords = settle(_without_training(cell.values))
             config = CompressConfig.of(**keywords)
-            report = costed(source, config, shape=study.input_shape, seconds=seconds)
-            write_text(_place(study, cell, cost_only) / "report.json", report.to_json())
+            report = costed(source, config, shape=study.input_shape, seconds=costs.seconds)
+            write_text(_place(study, cell, cost_only=True) / "report.json", report.to_json())
         else:
             report = _trained(study, cell, settle, callbacks)
         found[number] = Outcome(cell, report)
@@ -86,14 +97,14 @@ def run(
     return found
 
 
-def _place(study: Study, cell: Cell, cost_only: bool) -> Path:
+def _place(study: Study, cell: Cell, *, cost_only: bool) -> Path:
     if not cost_only:
         return study.folder / study.address(cell.values)
     return study.folder / f"costs-{study.address(cell.values, *_OF_COSTS, *_OF_CHOICE)}"
 
 
 def _done(study: Study, cell: Cell, cost_only: bool) -> Report | None:
-    path = _place(study, cell, cost_only) / "report.json"
+    path = _place(study, cell, cost_only=cost_only) / "report.json"
     return Report.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
