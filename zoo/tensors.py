@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -36,6 +38,8 @@ def resized(inputs: Any, size: int) -> Any:
 def call(model: nn.Module, inputs: Any, seed: int = 0) -> list[torch.Tensor]:
     """Run a network as it is (training or not) and return the tensors it puts out."""
     torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - some networks draw from it in training
+    random.seed(seed)
     args, kwargs = split_inputs(inputs)
     return tensors_of(model(*args, **kwargs))
 

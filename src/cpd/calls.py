@@ -1,11 +1,17 @@
-"""Calls: what a module is called with, as a tree of inputs and constants."""
+"""Calls: what a module is called with, as a tree of inputs and constants, and what its children
+return to it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from .forward import Data, bound, parameters
@@ -124,9 +130,27 @@ def forward_with(module: nn.Module, given: Data) -> Any:
     return module.forward(*args, **kwargs)
 
 
-def record(model: nn.Module, paths: list[str], run: Any) -> dict[str, list[Data]]:
-    """Run a model, and return what the modules at `paths` are called with."""
+@dataclass(frozen=True)
+class Made:
+    """What a call of a child gave its caller: the child's path there, and what it returned.
+
+    Leaves are tensors without values, an `int` k in a tuple for the k-th tensor that the child was
+    given itself, or constants in a list.
+    """
+
+    path: str
+    spec: Any
+    leaves: list[Any]
+
+
+def record(
+    model: nn.Module, paths: list[str], run: Any
+) -> tuple[dict[str, list[Data]], dict[str, list[list[Made]]]]:
+    """Run a model; return what the modules at `paths` are called with, and what the children gave
+    them that they call, in order.
+    """
     calls: dict[str, list[Data]] = {path: [] for path in paths}
+    made: dict[str, list[list[Made]]] = {path: [] for path in paths}
     handles = []
     for path in paths:
 
@@ -135,8 +159,98 @@ def record(model: nn.Module, paths: list[str], run: Any) -> dict[str, list[Data]
 
         handles.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
     try:
-        run()
+        with _children(model, made):
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, made
+
+
+@contextmanager
+def _children(model: nn.Module, made: dict[str, list[list[Made]]]) -> Iterator[None]:
+    """Note what every call of a module gives the module whose code made it."""
+    names = {id(module): path for path, module in model.named_modules()}
+    callers: list[tuple[str, list[Made]]] = []
+    original = nn.Module.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = names.get(id(self))
+        if path is None:
+            return original(self, *args, **kwargs)
+        mine: list[Made] = []
+        made.get(path, []).append(mine)
+        callers.append((path, mine))
+        try:
+            out = original(self, *args, **kwargs)
+        finally:
+            callers.pop()
+        if callers:
+            caller, theirs = callers[-1]
+            inside = path.removeprefix(f"{caller}.") if caller else path
+            theirs.append(_made("" if inside == path and caller else inside, args, kwargs, out))
+        return out
+
+    with patch.object(nn.Module, "__call__", call):
+        yield
+
+
+def _made(path: str, args: Any, kwargs: Any, out: Any) -> Made:
+    given = [id(x) for x in tensors_in((args, kwargs))]
+    flat, spec = pytree.tree_flatten(out)
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return [x]
+        if id(x) in given:
+            return (given.index(id(x)),)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    return Made(path, spec, [leaf(x) for x in flat])
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested values."""
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a child returns where its caller may be called with several sizes: as `Made`, and which
+    axes of its tensors vary.
+    """
+
+    first: Made
+    varying: list[tuple[bool, ...]]
+
+
+def returned(made: list[list[Made]]) -> list[Returned]:
+    """Return what the children of a module return, from its calls at several sizes; nothing where
+    that cannot be told from them.
+    """
+    forms = {
+        tuple((x.path, str(x.spec), *map(_form, x.leaves)) for x in children) for children in made
+    }
+    if len(forms) != 1:
+        return []
+    result = []
+    for same in zip(*made, strict=True):
+        varying = []
+        for leaves in zip(*(x.leaves for x in same), strict=True):
+            sizes = [
+                tuple(x.shape) if isinstance(x, torch.Tensor) else (_plain(x),) for x in leaves
+            ]
+            varying.append(tuple(len(set(axis)) > 1 for axis in zip(*sizes, strict=True)))
+        result.append(Returned(same[0], varying))
+    return result
+
+
+def _form(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{leaf.dtype} {leaf.ndim}"
+    return "integer" if isinstance(leaf, list) and is_input(leaf[0]) else repr(leaf)
+
+
+def _plain(leaf: Any) -> int:
+    """Return what a child returned that is an integer; of other leaves all are alike."""
+    return leaf[0] if isinstance(leaf, list) and is_input(leaf[0]) else 0

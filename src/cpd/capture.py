@@ -16,20 +16,16 @@ from unittest.mock import patch
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
 from torch.utils._thunk import Thunk
 
-from .calls import Uncapturable, filled, fix, form, forward_with, leaves_of
+from .calls import Returned, Uncapturable, filled, fix, form, forward_with, leaves_of, tensors_in
 from .forward import Data, Forward
-from .forward_data import check_guards, child, data_of, sources_of
+from .forward_data import Apart, Sizes, check_guards, child, data_of
 from .surgery import share
 from .trace import named_tensors, quiet_state
 
@@ -57,35 +53,46 @@ class _Budget(TorchFunctionMode):
 
 
 def capture(
-    module: nn.Module, calls: list[Data], batches: int, *, any_size: bool = True
+    module: nn.Module, calls: list[Data], children: list[Returned], batches: int | None = None
 ) -> Forward:
     """Return the forward of a module that is called with the arguments in `calls`.
 
     Each of `calls` is what `bound` gives, from runs at several sizes of the batch (the first
-    `batches` of them) and then of the rest: where their shapes differ the forward takes any size.
-    With `any_size=False` only the batch may be any. Raises `Uncapturable`; `TooSlow` where the
-    code's arithmetic with any resolution takes too long.
+    `batches` of them) and then of the rest: where their shapes differ the forward takes any size;
+    with `batches` given only the batch may be any. `children`: what they return in these calls;
+    where it is not known they are run. Raises `Uncapturable`; `TooSlow` where the code's arithmetic
+    with any resolution takes too long.
     """
     tree, varying = form(calls)
-    if not any_size:
+    if batches is not None:
         _, few = form(calls[:batches])
         fix(tree, varying, few, calls[0])
         varying = few
+    call = calls[0]
+
+    def graph(kind: torch.dtype, *, training: bool, sizes: bool) -> fx.Graph:
+        axes = varying if sizes else [(False,) * len(axes) for axes in varying]
+        known = children if sizes and not training else []
+        return _graph(module, call, axes, kind, known, training=training)
+
+    def merged(single: fx.Graph, training: bool) -> list[Data]:
+        try:
+            return data_of(single, graph(torch.float64, training=training, sizes=False))
+        except Apart:  # what is constant with one size need not be with any
+            return data_of(single, graph(torch.float64, training=training, sizes=True))
+
     with quiet_state():
-        single = _graph(module, calls[0], varying, torch.float32, training=False)
-        double = _graph(module, calls[0], varying, torch.float64, training=True)
-        if _alike(single, double):  # most modules leave it to their children to train
-            graphs = {"eval": data_of(single, double), "train": data_of(double, single)}
-        else:
-            other = _graph(module, calls[0], varying, torch.float64, training=False)
-            training = _graph(module, calls[0], varying, torch.float32, training=True)
-            graphs = {"eval": data_of(single, other), "train": data_of(training, double)}
+        single = graph(torch.float32, training=False, sizes=True)
+        double = graph(torch.float64, training=True, sizes=False)
+        try:  # most modules leave it to their children to train
+            graphs = {
+                "eval": data_of(single, double),
+                "train": data_of(single, double, flags_of_second=True),
+            }
+        except Apart:
+            other = graph(torch.float32, training=True, sizes=True)
+            graphs = {"eval": merged(single, False), "train": merged(other, True)}
     return Forward(tree, graphs)
-
-
-def _alike(single: fx.Graph, double: fx.Graph) -> bool:
-    pairs = zip(single.nodes, double.nodes, strict=False)
-    return len(single.nodes) == len(double.nodes) and all(a.target == b.target for a, b in pairs)
 
 
 def _graph(
@@ -93,13 +100,14 @@ def _graph(
     call: Data,
     varying: list[tuple[bool, ...]],
     dtype: torch.dtype,
+    children: list[Returned],
     *,
     training: bool,
 ) -> fx.Graph:
     """Return the calls of one forward; its `output` holds the structure of what it returns."""
     copied = share(module)
     copied.train(training)
-    env = ShapeEnv(duck_shape=False)
+    env = Sizes()
     fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     tensors = {name: _fake(fake, t, (), dtype) for name, t in named_tensors(copied)}
     plain = {
@@ -108,13 +116,13 @@ def _graph(
         if isinstance(value, torch.Tensor)
     }
     inputs = _fake_inputs(fake, env, call, varying, dtype)
-    sources = sources_of(inputs)
+    known = _Known(fake, env, children, {_held(module, call): dtype})
     returned: dict[str, Any] = {}
 
     def run(tensors: Data, plain: Data, inputs: list[Any]) -> list[Any]:
         given = filled(call, iter(inputs))
         vars(copied).update(plain)
-        with stateless._reparametrize_module(copied, tensors), _leaf_calls(copied):
+        with stateless._reparametrize_module(copied, tensors), _leaf_calls(copied, known):
             out = forward_with(copied, given)
         flat, returned["spec"] = pytree.tree_flatten(out)
         returned["constants"] = [
@@ -126,7 +134,8 @@ def _graph(
     with fake, torch.no_grad(), budget:
         traced = _made(run, tensors, plain, inputs)
     _name_inputs(traced, [*tensors, *plain])
-    check_guards(traced.graph, env, sources)
+    _constants(traced)
+    check_guards(traced.graph, env.asked)
     _structure(traced.graph, returned)
     return traced.graph
 
@@ -146,7 +155,7 @@ def _made(run: Any, *args: Any) -> fx.GraphModule:
 
 def _fake_inputs(
     mode: FakeTensorMode,
-    env: ShapeEnv,
+    env: Sizes,
     call: Data,
     varying: list[tuple[bool, ...]],
     dtype: torch.dtype,
@@ -157,7 +166,7 @@ def _fake_inputs(
         if isinstance(value, torch.Tensor):
             made.append(_fake(mode, value, axes, dtype))
         else:
-            made.append(_symbol(env, value, k) if axes[0] else value)
+            made.append(_symbol(env, value, f"integer_{k}") if axes[0] else value)
     return made
 
 
@@ -166,29 +175,83 @@ def _fake(
 ) -> torch.Tensor:
     shape = tuple(value.shape)
     kind = dtype if value.is_floating_point() else value.dtype
-    like = torch.empty(shape, dtype=kind, device="meta")
-    with torch.no_grad():
-        if not any(varying):
-            with mode:
-                return torch.empty(shape, dtype=kind, device="cpu")
+    if any(varying):
         sizes = [DimDynamic.DYNAMIC if v else DimDynamic.STATIC for v in varying]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        made = mode.from_tensor(like, symbolic_context=context)
-        with mode:
-            return torch.empty(made.shape, dtype=kind, device="cpu")
+        like = torch.empty(shape, dtype=kind, device="meta")
+        shape = mode.from_tensor(like, symbolic_context=context).shape
+    with mode:
+        return torch.empty(shape, dtype=kind, device="cpu")
 
 
-def _symbol(env: ShapeEnv, value: int, number: int) -> Any:
+def _held(module: nn.Module, call: Data) -> torch.dtype:
+    """Return the floating type that a module computes with."""
+    tensors = [*(tensor for _, tensor in named_tensors(module)), *tensors_in(call)]
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+class _Known:
+    """What children return, made without running them: sizes that vary are symbols of their own."""
+
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        env: Sizes,
+        children: list[Returned],
+        dtypes: dict[torch.dtype, torch.dtype],
+    ) -> None:
+        self.mode, self.env, self.dtypes = mode, env, dtypes
+        self.left, self.symbols = iter(children), 0
+
+    def __call__(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Return the outputs of the next call of a child, or None where they are not known."""
+        found = next(self.left, None)
+        if found is None or found.first.path != path or not path:
+            self.left = iter(())
+            return None
+        given = tensors_in((args, kwargs))
+        leaves: list[Any] = []
+        for leaf, axes in zip(found.first.leaves, found.varying, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                leaves.append(self._tensor(leaf, axes))
+                if leaves[-1] is None:
+                    return None
+            elif isinstance(leaf, tuple):
+                leaves.append(given[leaf[0]])
+            else:
+                leaves.append(self._symbol(leaf[0]) if axes[0] else leaf[0])
+        return pytree.tree_unflatten(leaves, found.first.spec)
+
+    def _symbol(self, value: int) -> Any:
+        self.symbols += 1
+        return _symbol(self.env, value, f"returned_{self.symbols}")
+
+    def _tensor(self, like: torch.Tensor, varying: tuple[bool, ...]) -> torch.Tensor | None:
+        """Return a tensor of the same form; None where it has none of its own (views, sizes of
+        one).
+        """
+        order = sorted(range(like.ndim), key=lambda k: (-like.stride()[k], k))
+        moved = like.permute(order)
+        special = any(v and size < 2 for v, size in zip(varying, like.shape, strict=True))
+        if special or not moved.is_contiguous():
+            return None
+        kind = self.dtypes.get(like.dtype, like.dtype)
+        with unset_fake_temporarily():
+            made = _fake(self.mode, moved, tuple(varying[k] for k in order), kind)
+        return made.permute([order.index(k) for k in range(like.ndim)])
+
+
+def _symbol(env: Sizes, value: int, name: str) -> Any:
     from torch._dynamo.source import ConstantSource
 
-    source = ConstantSource(f"integer_{number}")
+    source = ConstantSource(name)
     symbol = env.create_symbol(value, source, DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=value, source=source)
 
 
 @contextmanager
-def _leaf_calls(module: nn.Module) -> Iterator[None]:
-    """Record calls of children as they are; what they compute is run, but not recorded."""
+def _leaf_calls(module: nn.Module, known: _Known) -> Iterator[None]:
+    """Record calls of children as they are; what they compute is known or run, but not recorded."""
     paths = {id(part): path for path, part in module.named_modules()}
     original = nn.Module.__call__
     inside = False
@@ -203,7 +266,8 @@ def _leaf_calls(module: nn.Module) -> Iterator[None]:
         inside = True
         try:
             with proxy_tensor.disable_proxy_modes_tracing():
-                out = original(self, *args, **kwargs)
+                out = known(paths[id(self)], args, kwargs)
+                out = original(self, *args, **kwargs) if out is None else out
         finally:
             inside = False
         given, named = pytree.tree_map(lambda x: _proxy(mode.tracer, x), (args, kwargs))
@@ -231,6 +295,21 @@ def _name_inputs(traced: fx.GraphModule, names: list[str]) -> None:
     for number, node in enumerate(placeholders):
         if number < len(names):
             node.meta["tensor"] = names[number]
+
+
+def _constants(traced: fx.GraphModule) -> None:
+    """Make the numbers that code writes into tensors where it stands; they are no tensors held."""
+    for node in list(traced.graph.find_nodes(op="get_attr")):
+        value = getattr(traced, str(node.target))
+        if not isinstance(value, torch.Tensor) or value.ndim or value.is_meta:
+            continue
+        with traced.graph.inserting_before(node):
+            made = traced.graph.call_function(
+                torch.ops.aten.full.default, ([], value.item()), {"dtype": value.dtype}
+            )
+        made.meta.update(node.meta)
+        node.replace_all_uses_with(made)
+        traced.graph.erase_node(node)
 
 
 def _structure(graph: fx.Graph, returned: Data) -> None:

@@ -7,7 +7,7 @@ network, which know for every literal whose axis it is; a plan then only writes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,19 +17,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from .calls import Uncapturable, record
+from .calls import Made, Uncapturable, record, returned
 from .capture import TooSlow, capture
 from .channels import Ids
 from .errors import CPDError
 from .forward import Data, Forward, changed
 from .graph import Step
 from .labels import Labels, Mask, axis_size
+from .literals import Place, matched, scales_of
 from .rules import Size
 from .surgery import rebuild
 from .trace import Trace, location, named_tensors, quiet_state
-
-Place = tuple[str, int, str, int | None]
-_SHAPED = ("view", "reshape", "_unsafe_view", "unflatten")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ class Replacements:
         self.why_not: dict[str, str] = {}
         self.why: dict[str, str] = {}
         self._made: dict[str, Template | None] = {}
-        self._batches: dict[str, list[Data]] = {}
+        self._children: dict[str, list[list[Made]]] = {}
+        self._batches: dict[str, int] = {}
         self._slow: set[type] = set()
         self._captured: dict[Any, Forward | str] = {}
 
@@ -123,9 +122,9 @@ class Replacements:
         calls = self._calls.get(path, [])
         if not calls:
             raise Uncapturable("it is called by another way than its forward")
-        forward = self._capture(module, calls, len(self._batches.get(path, [])))
-        places, rigid = _matched(forward, self.steps.get(path, []))
-        scales = _scales(forward, self.steps.get(path, []))
+        forward = self._capture(path, module, calls)
+        places, rigid = matched(forward, self.steps.get(path, []))
+        scales = scales_of(forward, self.steps.get(path, []))
         return Template(forward, places, rigid, scales, self.passing(path))
 
     def passing(self, path: str) -> Ids:
@@ -146,12 +145,12 @@ class Replacements:
             found[path] = np.unique(np.concatenate(flat))
         return found
 
-    def _capture(self, module: nn.Module, calls: list[Data], batches: int) -> Forward:
+    def _capture(self, path: str, module: nn.Module, calls: list[Data]) -> Forward:
         """Capture a forward once for all modules that have the same code and numbers."""
         key = _key(module, calls)
         if key not in self._captured:
             try:
-                self._captured[key] = self._any_or_one_size(module, calls, batches)
+                self._captured[key] = self._any_or_one_size(path, module, calls)
             except Uncapturable as reason:
                 self._captured[key] = str(reason)
         found = self._captured[key]
@@ -159,13 +158,15 @@ class Replacements:
             raise Uncapturable(found)
         return found
 
-    def _any_or_one_size(self, module: nn.Module, calls: list[Data], batches: int) -> Forward:
+    def _any_or_one_size(self, path: str, module: nn.Module, calls: list[Data]) -> Forward:
+        made = self._children.get(path, [])
+        few = self._batches[path]
         if type(module) not in self._slow:
             try:
-                return capture(module, calls, batches)
+                return capture(module, calls, returned(made))
             except TooSlow:
                 self._slow.add(type(module))
-        return capture(module, calls, batches, any_size=False)
+        return capture(module, calls, returned(made[:few]), few)
 
     @cached_property
     def _calls(self) -> dict[str, list[Data]]:
@@ -175,22 +176,24 @@ class Replacements:
         model, device = _meta_copy(self.model), "meta"
         whole = _runs(model, paths, *_varied(args, kwargs, device, 1))
         if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
-            self._batches = {}
             return {}  # there are no values to run it on
         if not whole:
             model, device = self.model, "cpu"
             whole = _runs(model, paths, *_varied(args, kwargs, device, 1))
         first = _runs(model, paths, *_varied(args, kwargs, device, 2)) or whole
-        calls = {path: list(given) for path, given in first.items()}
+        calls = {path: list(given) for path, (given, _) in first.items()}
+        self._children = {path: list(made) for path, (_, made) in first.items()}
 
         def vary(batch: int, axes: tuple[int, ...]) -> bool:
             found = _runs(model, paths, *_varied(args, kwargs, device, batch, axes))
-            for path, given in found.items():
-                calls[path] += given if len(given) == len(first[path]) else []
+            for path, (given, made) in found.items():
+                if len(given) == len(first[path][0]):
+                    calls[path] += given
+                    self._children[path] += made
             return bool(found)
 
         vary(3, ())
-        self._batches = {path: list(given) for path, given in calls.items()}
+        self._batches = {path: len(given) for path, given in calls.items()}
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         axes = tuple(range(1, max((x.ndim for x in tensors), default=1)))
         if device == "meta" and not vary(2, axes):
@@ -204,8 +207,12 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     return rebuild(model, tensors, {}).eval()
 
 
-def _runs(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, list[Data]]:
-    """Return what the modules are called with; nothing where the model does not run."""
+def _runs(
+    model: nn.Module, paths: list[str], args: Any, kwargs: Any
+) -> dict[str, tuple[list[Data], list[list[Made]]]]:
+    """Return what the modules are called with, and what their children return to them; nothing
+    where the model does not run.
+    """
 
     def run() -> None:
         with quiet_state(), torch.no_grad():
@@ -214,7 +221,8 @@ def _runs(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[st
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return record(model, paths, run)
+        calls, made = record(model, paths, run)
+        return {path: (calls[path], made[path]) for path in paths}
     except Exception:  # noqa: BLE001 - an input size that the model does not bear
         return {}
     finally:
@@ -266,126 +274,3 @@ def _numbers(module: nn.Module) -> str:
     }
     tensors = any(isinstance(value, torch.Tensor) for value in vars(module).values())
     return repr(held) + (repr(other) if tensors else "")
-
-
-def _matched(
-    forward: Forward, steps: list[Step]
-) -> tuple[dict[Place, tuple[Size, ...]], list[Size]]:
-    """Return the literals of a forward that carry channels (both modes have the same ones), and
-    the sizes that it computes from its inputs.
-    """
-    rigid: list[Size] = []
-    places: dict[Place, list[Size]] = {}
-    graph = forward.graphs["eval"]
-    for number, step in _aligned(graph, steps):
-        for size in step.sizes:
-            place = _place("eval", number, step, size)
-            held = _held(graph[number], place)
-            if held == -1:
-                continue
-            if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
-                _infer(graph[number], place)
-                continue
-            if held != size.old:
-                rigid.append(size)
-                continue
-            places.setdefault(place, []).append(size)
-    result = {place: tuple(sizes) for place, sizes in places.items()}
-    return {**result, **_in_training(forward, result)}, rigid
-
-
-def _aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
-    """Pair the calls of the trace with those of the forward, which may be called several times."""
-    numbers = [k for k, node in enumerate(graph) if "." in node["op"]]
-    at = 0
-    for step in steps:
-        target: Any = step.node.target
-        if not isinstance(target, torch._ops.OpOverload):
-            continue
-        name = f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
-        for offset in range(len(numbers)):
-            k = (at + offset) % len(numbers)
-            if graph[numbers[k]]["op"] == name:
-                at = k + 1
-                yield numbers[k], step
-                break
-        else:
-            if step.sizes:
-                raise Uncapturable(f"its trace and its code disagree about {name}")
-
-
-def _place(mode: str, number: int, step: Step, size: Size) -> Place:
-    schema: Any = step.node.target._schema  # type: ignore[union-attr]
-    position = [argument.name for argument in schema.arguments].index(size.arg)
-    inside = position < len(step.node.args)
-    return mode, number, str(position) if inside else size.arg, size.index
-
-
-def _held(node: Data, place: Place) -> Any:
-    _, _, argument, entry = place
-    try:
-        value = (
-            node["args"]["list"][int(argument)]
-            if argument.isdigit()
-            else node["kwargs"]["dict"][argument]
-        )
-        return value if entry is None else next(iter(value.values()))[entry]
-    except (KeyError, IndexError, AttributeError) as error:
-        raise Uncapturable("a size that carries channels is not among the arguments") from error
-
-
-def _infer(node: Data, place: Place) -> None:
-    """Let PyTorch infer an axis of both channels and positions."""
-    _, _, argument, entry = place
-    sizes = next(iter(node["args"]["list"][int(argument)].values()))
-    if -1 in sizes:
-        raise Uncapturable("two axes of one shape are computed from the inputs")
-    sizes[entry] = -1
-
-
-def _in_training(
-    forward: Forward, places: Mapping[Place, tuple[Size, ...]]
-) -> dict[Place, tuple[Size, ...]]:
-    """Find the same literals in the calls of training."""
-    evaluation, training = forward.graphs["eval"], forward.graphs["train"]
-    result: dict[Place, tuple[Size, ...]] = {}
-    at = 0
-    for number in sorted({place[1] for place in places}):
-        mine = {place: sizes for place, sizes in places.items() if place[1] == number}
-        while at < len(training) and not _same(evaluation[number], training[at], mine):
-            at += 1
-        if at == len(training):
-            raise Uncapturable("its forward in training is another one")
-        for (_, _, argument, entry), sizes in mine.items():
-            result["train", at, argument, entry] = sizes
-        at += 1
-    return result
-
-
-def _same(a: Data, b: Data, places: Mapping[Place, tuple[Size, ...]]) -> bool:
-    if a["op"] != b["op"]:
-        return False
-    try:
-        return all(_held(b, place) == sizes[0].old for place, sizes in places.items())
-    except Uncapturable:
-        return False
-
-
-def _scales(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:
-    """Return the attentions that divide by the root of the head size that they find."""
-    found: dict[Place, tuple[Labels, int]] = {}
-    for number, step in _aligned(forward.graphs["eval"], steps):
-        query = step.args.get("query")
-        default = step.args.get("scale") is None
-        if not isinstance(query, Labels) or "attention" not in str(step.node.target) or not default:
-            continue
-        found["eval", number, "scale", None] = (query, len(query.shape) - 1)
-    ops = [node["op"] for node in forward.graphs["train"]]
-    for (_, number, _, _), value in list(found.items()):
-        name = forward.graphs["eval"][number]["op"]
-        nth = [n["op"] for n in forward.graphs["eval"][:number]].count(name)
-        at = [k for k, op in enumerate(ops) if op == name]
-        if nth >= len(at):
-            raise Uncapturable("its forward in training is another one")
-        found["train", at[nth], "scale", None] = value
-    return found

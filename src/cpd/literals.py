@@ -1,0 +1,157 @@
+"""Literals: which numbers in the calls of a captured forward carry channels.
+
+The calls are matched with those of the traced network, which know for every literal whose axis it
+is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .calls import Uncapturable
+from .forward import Data, Forward, encode
+from .graph import Step
+from .labels import Labels
+from .rules import Size
+
+Place = tuple[str, int, str, int | None]
+_SHAPED = ("view", "reshape", "_unsafe_view", "unflatten")
+
+
+def matched(
+    forward: Forward, steps: list[Step]
+) -> tuple[dict[Place, tuple[Size, ...]], list[Size]]:
+    """Return the literals of a forward that carry channels (both modes have the same ones), and
+    the sizes that it computes from its inputs.
+    """
+    rigid: list[Size] = []
+    places: dict[Place, list[Size]] = {}
+    graph = forward.graphs["eval"]
+    for number, step in _aligned(graph, steps):
+        for size in step.sizes:
+            place = _place("eval", number, step, size)
+            held = _held(graph[number], place)
+            if held == -1:
+                continue
+            if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
+                _infer(graph[number], place)
+                continue
+            if held != size.old:
+                rigid.append(size)
+                continue
+            places.setdefault(place, []).append(size)
+    result = {place: tuple(sizes) for place, sizes in places.items()}
+    return {**result, **_in_training(forward, result)}, rigid
+
+
+def _aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
+    """Pair the calls of the trace with those of the forward, which may be called several times."""
+    numbers = [k for k, node in enumerate(graph) if "." in node["op"]]
+    at = 0
+    for step in steps:
+        target: Any = step.node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        name = f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
+        order = [(at + offset) % len(numbers) for offset in range(len(numbers))]
+        order = [k for k in order if graph[numbers[k]]["op"] == name]
+        given = encode(list(step.node.args))
+        found = next((k for k in order if _agree(graph[numbers[k]]["args"], given)), None)
+        if found is None and step.sizes:
+            raise Uncapturable(f"its trace and its code disagree about {name}")
+        if found is not None:
+            at = found + 1
+            yield numbers[found], step
+
+
+def _agree(held: Any, given: Any) -> bool:
+    """Say whether the numbers of two calls are the same, where both are numbers: a slice that
+    takes all stands in the code, but not always in a trace.
+    """
+    if isinstance(held, list) and isinstance(given, list):
+        return all(_agree(a, b) for a, b in zip(held, given, strict=False))
+    if isinstance(held, dict) and isinstance(given, dict):
+        return held.keys() != given.keys() or all(_agree(held[k], given[k]) for k in held)
+    if isinstance(held, str) or not isinstance(held, type(given)) or -1 in (held, given):
+        return True
+    return held == given
+
+
+def _place(mode: str, number: int, step: Step, size: Size) -> Place:
+    schema: Any = step.node.target._schema  # type: ignore[union-attr]
+    position = [argument.name for argument in schema.arguments].index(size.arg)
+    inside = position < len(step.node.args)
+    return mode, number, str(position) if inside else size.arg, size.index
+
+
+def _held(node: Data, place: Place) -> Any:
+    _, _, argument, entry = place
+    try:
+        value = (
+            node["args"]["list"][int(argument)]
+            if argument.isdigit()
+            else node["kwargs"]["dict"][argument]
+        )
+        return value if entry is None else next(iter(value.values()))[entry]
+    except (KeyError, IndexError, AttributeError) as error:
+        raise Uncapturable("a size that carries channels is not among the arguments") from error
+
+
+def _infer(node: Data, place: Place) -> None:
+    """Let PyTorch infer an axis of both channels and positions."""
+    _, _, argument, entry = place
+    sizes = next(iter(node["args"]["list"][int(argument)].values()))
+    if -1 in sizes:
+        raise Uncapturable("two axes of one shape are computed from the inputs")
+    sizes[entry] = -1
+
+
+def _in_training(
+    forward: Forward, places: Mapping[Place, tuple[Size, ...]]
+) -> dict[Place, tuple[Size, ...]]:
+    """Find the same literals in the calls of training."""
+    evaluation, training = forward.graphs["eval"], forward.graphs["train"]
+    result: dict[Place, tuple[Size, ...]] = {}
+    at = 0
+    for number in sorted({place[1] for place in places}):
+        mine = {place: sizes for place, sizes in places.items() if place[1] == number}
+        while at < len(training) and not _same(evaluation[number], training[at], mine):
+            at += 1
+        if at == len(training):
+            raise Uncapturable("its forward in training is another one")
+        for (_, _, argument, entry), sizes in mine.items():
+            result["train", at, argument, entry] = sizes
+        at += 1
+    return result
+
+
+def _same(a: Data, b: Data, places: Mapping[Place, tuple[Size, ...]]) -> bool:
+    if a["op"] != b["op"]:
+        return False
+    try:
+        return all(_held(b, place) == sizes[0].old for place, sizes in places.items())
+    except Uncapturable:
+        return False
+
+
+def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:
+    """Return the attentions that divide by the root of the head size that they find."""
+    found: dict[Place, tuple[Labels, int]] = {}
+    for number, step in _aligned(forward.graphs["eval"], steps):
+        query = step.args.get("query")
+        default = step.args.get("scale") is None
+        if not isinstance(query, Labels) or "attention" not in str(step.node.target) or not default:
+            continue
+        found["eval", number, "scale", None] = (query, len(query.shape) - 1)
+    ops = [node["op"] for node in forward.graphs["train"]]
+    for (_, number, _, _), value in list(found.items()):
+        name = forward.graphs["eval"][number]["op"]
+        nth = [n["op"] for n in forward.graphs["eval"][:number]].count(name)
+        at = [k for k, op in enumerate(ops) if op == name]
+        if nth >= len(at):
+            raise Uncapturable("its forward in training is another one")
+        found["train", at[nth], "scale", None] = value
+    return found
