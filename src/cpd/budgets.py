@@ -8,17 +8,16 @@ went fits any more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .candidates import Candidates
+from .candidates import Budget, Candidates
 from .errors import InputError, UnknownName
 from .groups import Groups
 from .labels import Mask
 from .liveness import Peak
-from .terms import Cost, Tally
+from .terms import Tally
 
 COSTS = ("macs", "params", "memory")
 NEAR = 0.005  # a budget that is met this closely from below needs no explanation
@@ -64,16 +63,6 @@ def _share_left(name: str, value: Any) -> float:
             "(0.5 keeps half)"
         )
     return share
-
-
-@dataclass(frozen=True, eq=False)
-class Budget:
-    """How much of a cost may be left: `limit` of `whole`, in the cost's own unit."""
-
-    name: str
-    cost: Cost
-    limit: float
-    whole: float
 
 
 def budgets(groups: Groups, shares: Mapping[str, float]) -> tuple[Budget, ...]:
@@ -127,6 +116,13 @@ class Ledger:
         """Let candidates go (+1) or come back (-1)."""
         for number in numbers:
             self._times[self.of(number)] += change
+        alive = self.alive
+        for tally in self.tallies:
+            tally.move(alive)
+
+    def reset(self, other: Ledger) -> None:
+        """Let exactly those candidates be gone that are in another ledger."""
+        self._times = other._times.copy()
         alive = self.alive
         for tally in self.tallies:
             tally.move(alive)

@@ -15,6 +15,7 @@ from .channels import Ids
 from .errors import InputError
 from .groups import CouplingGroup, Groups
 from .labels import Mask
+from .terms import Cost
 from .units import Family
 
 Scores = Mapping[str, torch.Tensor]
@@ -30,6 +31,16 @@ class Source:
     kept: int
 
 
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """How much of a cost may be left: `limit` of `whole`, in the cost's own unit."""
+
+    name: str
+    cost: Cost
+    limit: float
+    whole: float
+
+
 @dataclass(eq=False)
 class Candidates:
     """All candidates as arrays of one length; those of one family in the order in which they may
@@ -38,7 +49,7 @@ class Candidates:
     `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what
     `ranking` compares, `units[i]` how many units go at once. `classes`: (candidate, class) pairs,
     blocks with all that is in them. `before`: the classes that are alive before anything goes;
-    `values`: the importance of each class.
+    `values`: the importance of each class; `allowed`: the budgets, which all must hold.
     """
 
     groups: Groups
@@ -51,6 +62,7 @@ class Candidates:
     limited: int
     before: Mask
     values: Floats
+    allowed: tuple[Budget, ...] = ()
 
     def __len__(self) -> int:
         return len(self.family)
@@ -91,6 +103,7 @@ class Rules:
     min_keep: float
     limits: Mapping[str, float]
     seed: int
+    uniform: bool = False
 
 
 def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Candidates:
@@ -116,6 +129,8 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             pools.append(pool.get(rules.ranking, "all"))
             sources.append(Source(group, family, kept))
     found = _gathered(groups, sources, parts, limited, (alive, values))
+    if rules.uniform:
+        found = _in_step(found)
     _rank(found, pools, rules.ranking)
     return _protected(found, alive)
 
@@ -232,6 +247,36 @@ def _with_blocks(groups: Groups, rows: Ids, classes: Ids) -> tuple[Ids, Ids]:
         all_rows.append(np.full(len(closure), row))
         all_classes.append(closure)
     return np.concatenate(all_rows), np.concatenate(all_classes)
+
+
+def _in_step(found: Candidates) -> Candidates:
+    """Let families of one width in isomorphic groups go step by step, all at once.
+
+    Step k of all of them becomes one candidate, under the first of them.
+    """
+    ties: dict[object, list[int]] = {}
+    for number, source in enumerate(found.sources):
+        at = source.group.families.index(source.family)
+        key = (source.group.kind, at, source.family.kind, source.family.width, source.kept)
+        ties.setdefault(key, []).append(number)
+    new = np.full(len(found), -1, np.int64)
+    first: list[int] = []
+    for families in ties.values():
+        steps = [np.flatnonzero(found.family == number) for number in families]
+        same = np.stack([found.units[mine[: min(map(len, steps))]] for mine in steps])
+        for k in range(int(np.minimum.accumulate((same == same[0]).all(0)).sum())):
+            new[[mine[k] for mine in steps]] = len(first)
+            first.append(int(steps[0][k]))
+    candidate, classes = found.classes
+    pairs = new[candidate] >= 0
+    score = np.zeros(len(first))
+    np.add.at(score, new[new >= 0], found.score[new >= 0])
+    units = found.units[first]
+    tied = (new[candidate[pairs]], classes[pairs])
+    family = found.family[first]
+    held = (found.limited, found.before, found.values)
+    key = score / np.maximum(units, 1)
+    return Candidates(found.groups, found.sources, family, score, key, units, tied, *held)
 
 
 def _rank(found: Candidates, pools: list[object], ranking: str) -> None:

@@ -40,6 +40,7 @@ def choose(
     unreachable: str = "error",
     seed: int = 0,
     start: Plan | None = None,
+    uniform: bool = False,
 ) -> Plan:
     """Choose what to remove.
 
@@ -48,7 +49,9 @@ def choose(
         scores: group name -> importance of its channels, shape (group.size,); small goes first.
         target: share of a cost that is to be left, "macs=0.5"; several must all hold.
         strategy: "oneshot" (least important first), "greedy" (the paper's: each event cuts the one
-            group whose least important channels sum up to least), or a function of `Candidates`.
+            group whose least important channels sum up to least), "knapsack" (an integer programme
+            that loses the least importance), "uniform" (the same share of every family, in step),
+            or a function of `Candidates`.
         ranking: "isomorphic" ranks units among structurally identical groups and takes the same
             share of each kind; "global" compares raw scores; "uniform" takes the same share of
             every family.
@@ -58,6 +61,8 @@ def choose(
         unreachable: "error", or "closest" to take what can be reached.
         seed: breaks ties between equal scores.
         start: a plan to go on from; what it removed stays removed.
+        uniform: layers that are alike in structure and width keep the same number, so that a
+            smaller configuration of the same class can describe the result.
 
     Raises:
         UnreachableTarget: with the closest reachable costs and what blocks more.
@@ -70,9 +75,10 @@ def choose(
         raise UnknownName("ranking", ranking, RANKINGS)
     _check_options(multiple_of, min_keep)
     before = groups.everything() if start is None else alive_of(groups, start)
-    rules = Rules(ranking, multiple_of, min_keep, dict(limits or {}), seed)
-    allowed = budgets(groups, shares)
+    uniform = uniform or strategy == "uniform"
+    rules = Rules(ranking, multiple_of, min_keep, dict(limits or {}), seed, uniform)
     found = candidates(groups, scores, before, rules)
+    found.allowed = allowed = budgets(groups, shares)
     order = np.asarray(_strategy(strategy)(found), np.int64)
     gone, met = shortest(found, allowed, order)
     alive = found.without(gone)
@@ -81,7 +87,8 @@ def choose(
     name = strategy if isinstance(strategy, str) else getattr(strategy, "__name__", "own")
     options = {
         "target": shares, "strategy": name, "ranking": ranking, "multiple_of": multiple_of,
-        "min_keep": min_keep, "limits": dict(limits or {}), "seed": seed, **groups.options,
+        "min_keep": min_keep, "limits": dict(limits or {}), "seed": seed,
+        "uniform": uniform, **groups.options,
     }  # fmt: skip
     told = notes(found, allowed, gone)
     return plan_of(groups, alive, options, costs=tuple(shares), notes=told)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .candidates import Candidates
+from .knapsack import knapsack
 
 
 def oneshot(found: Candidates) -> Sequence[int]:
@@ -48,9 +49,25 @@ def greedy(found: Candidates) -> Sequence[int]:
     return order
 
 
+def uniform(found: Candidates) -> Sequence[int]:
+    """The same share of every family, whatever the scores: they only say which units of it."""
+    share = np.empty(len(found))
+    for family in np.unique(found.family).tolist():
+        mine = np.flatnonzero(found.family == family)
+        gone = np.cumsum(found.units[mine]) - found.units[mine] / 2
+        share[mine] = gone / found.sources[family].family.width
+    order: list[int] = np.argsort(share, kind="stable").tolist()
+    return order
+
+
 def _per_event(kept: int) -> int:
     sixteenths = kept // 16
     return 1 if sixteenths < 1 else min(2 ** floor(log2(sixteenths)), 4)
 
 
-STRATEGIES: dict[str, Callable[..., Any]] = {"greedy": greedy, "oneshot": oneshot}
+STRATEGIES: dict[str, Callable[..., Any]] = {
+    "greedy": greedy,
+    "knapsack": knapsack,
+    "oneshot": oneshot,
+    "uniform": uniform,
+}

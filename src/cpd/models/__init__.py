@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cpd.errors import ArtefactError, InputError
+from cpd.models._config import Config, smaller
 from cpd.models.seaformer import SeaFormer, seaformer
 from cpd.models.seaformer import official_names as _seaformer_names
 from cpd.models.segformer import segformer
@@ -22,12 +23,14 @@ from cpd.models.upernet import official_names as _upernet_names
 
 __all__ = [
     "SHELF",
+    "Config",
     "SeaFormer",
     "UPerNet",
     "names",
     "official",
     "seaformer",
     "segformer",
+    "smaller",
     "upernet",
 ]
 
