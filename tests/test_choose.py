@@ -217,7 +217,12 @@ def test_limits_are_patterns() -> None:
         ({"min_keep": 1.5}, InputError, "min_keep is 1.5; give a share between 0 and 1"),
         ({"multiple_of": 0}, InputError, "multiple_of is 0; give a whole number"),
         ({"ranking": "best"}, UnknownName, "unknown ranking 'best'.*global, isomorphic, uniform"),
-        ({"strategy": "best"}, UnknownName, "unknown strategy 'best'.*greedy, oneshot"),
+        (
+            {"strategy": "best"},
+            UnknownName,
+            "unknown strategy 'best'.*greedy, knapsack, oneshot, uniform",
+        ),
+        ),
         ({"unreachable": "x"}, UnknownName, "unknown handling of unreachable targets 'x'"),
     ],
 )

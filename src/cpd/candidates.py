@@ -257,8 +257,8 @@ def _in_step(found: Candidates) -> Candidates:
     ties: dict[object, list[int]] = {}
     for number, source in enumerate(found.sources):
         at = source.group.families.index(source.family)
-        key = (source.group.kind, at, source.family.kind, source.family.width, source.kept)
-        ties.setdefault(key, []).append(number)
+        alike = (source.group.kind, at, source.family.kind, source.family.width, source.kept)
+        ties.setdefault(alike, []).append(number)
     new = np.full(len(found), -1, np.int64)
     first: list[int] = []
     for families in ties.values():

@@ -174,13 +174,16 @@ def _solved(problem: Knapsack, point: Ids, radius: float, limits: Floats) -> Ids
     problem.go(point)
     now = np.array([tally.now for tally in problem.ledger.tallies], np.float64)
     start = now.copy()
-    places, losses, savings, order = [], [], [], []
+    places: list[Ids] = []
+    losses: list[Floats] = []
+    savings: list[Floats] = []
+    order: list[int] = []
     for family, steps in enumerate(problem.steps):
         at, reach = int(point[family]), max(1, round(radius * len(steps)))
         found, table = problem.ladder(family, at, max(at - reach, 0), min(at + reach, len(steps)))
         start += table[0] - now
         loss, saving = problem.losses(family, found), np.diff(table, axis=0)
-        first = sum(map(len, losses))
+        first = sum(len(part) for part in losses)
         if _disordered(loss / np.diff(found), saving / np.diff(found)[:, None]):
             order += range(first, first + len(loss) - 1)
         places.append(found)

@@ -43,7 +43,7 @@ def llama() -> tuple[nn.Module, Any, dict[str, Any]]:
     [
         (vit, {"*attn*": 0, "patch_embed*": 0}, {"mlp_ratio"}),
         (bert, {"*attention*": 0, "*pooler*": 0}, {"intermediate_size"}),
-        (llama, {"*attn*": 0}, {"hidden_size", "intermediate_size"}),
+        (llama, {"*q_proj": 0}, {"hidden_size", "intermediate_size"}),
     ],
 )
 @pytest.mark.parametrize("strategy", ["uniform", "knapsack"])
@@ -54,11 +54,12 @@ def test_a_configuration_builds_what_the_cut_computes(
     model = model.double().eval()
     groups = cpd.comb(model, inputs)
     options: dict[str, Any] = {"strategy": strategy, "limits": limits, "uniform": True}
-    plan = cpd.choose(groups, random_scores(groups, 0), "params=0.8", **options)
+    plan = cpd.choose(groups, random_scores(groups, 0), "params=0.75", **options)
     small = cpd.cut(model, plan)
     found = models.smaller(model, small, plan, args)
     assert found is not None
-    assert set(found.values) == names
+    assert found.values
+    assert set(found.values) <= names
     again = found.build().double().eval()
     assert type(again) is type(small)
     again.load_state_dict(small.state_dict())
