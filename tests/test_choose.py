@@ -222,7 +222,6 @@ def test_limits_are_patterns() -> None:
             UnknownName,
             "unknown strategy 'best'.*greedy, knapsack, oneshot, uniform",
         ),
-        ),
         ({"unreachable": "x"}, UnknownName, "unknown handling of unreachable targets 'x'"),
     ],
 )
