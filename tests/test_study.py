@@ -114,8 +114,14 @@ def test_cells_run_once_and_a_study_goes_on(tmp_path: Path) -> None:
     assert not asked
     assert [outcome.report for outcome in none] == [None] * 4
     first = grid(tmp_path, axes={**study.axes, "seed": {0: {"seed": 0}}})
-    run(first, counting)
+    run(first, counting, only={"size": "half"})
+    assert asked == [0]
+    run(study, counting, only={"seed": 0})
     assert asked == [0, 0]
+    with pytest.raises(UnknownName, match="level of seed"):
+        run(study, counting, only={"seed": 7})
+    with pytest.raises(UnknownName, match="axis"):
+        run(study, counting, only={"seeds": 0})
     names: list[str] = []
     found = run(study, counting, told=lambda _, name: names.append(name))
     assert asked == [0, 0, 1, 1], "what another study has run in the same folder is not run again"
@@ -267,7 +273,8 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     axes = {"size": {"half": {}}}
     values = {"title": "T", "recipe": RECIPE, "axes": axes, "output": str(tmp_path / "out")}
     (tmp_path / "study.yaml").write_text(json.dumps(values))
-    assert main(["study", str(tmp_path / "study.yaml"), "--minutes", "-1"]) == 0
+    words = ["--minutes", "-1", "--only.size", "half"]
+    assert main(["study", str(tmp_path / "study.yaml"), *words]) == 0
     assert "0 of 1 runs are done" in capsys.readouterr().out
     assert main(["study", str(tmp_path / "study.yaml")]) == 0
     shown = capsys.readouterr().out

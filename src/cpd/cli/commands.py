@@ -240,6 +240,7 @@ class Shell:
         file: str,
         cost_only: bool = False,
         minutes: float | None = None,
+        only: dict[str, Any] | None = None,
         seconds: float = 600.0,
         threads: int | None = None,
         output: str | None = None,
@@ -250,6 +251,7 @@ class Shell:
             file: a YAML file with axes of changes to a recipe, see docs/study.md.
             cost_only: measure parameters, MACs and latency alone, with random weights, no data.
             minutes: begin no further run after so many.
+            only: levels of axes to run, such as --only.seed 0; by default all.
             seconds: with cost_only, the longest that a pair of networks is timed.
             threads: with cost_only, threads within an operator; by default as the recipe says.
             output: folder for the table and the figures, by default as the file says.
@@ -271,6 +273,7 @@ class Shell:
             study,
             lambda values: _settled(checked(values)),
             minutes=minutes,
+            only=only,
             costs=grid.Costs(seconds, threads) if cost_only else None,
             told=told,
         )

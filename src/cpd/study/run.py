@@ -14,7 +14,7 @@ from cpd import data as data_shelf
 from cpd.compress import CompressConfig, compress
 from cpd.compress.run import built
 from cpd.distill import distill, isolated, snapshot
-from cpd.errors import InputError
+from cpd.errors import InputError, UnknownName
 from cpd.files import publish, staging, write_text
 from cpd.report import Report
 from cpd.study.costs import costed
@@ -55,6 +55,7 @@ def run(
     settle: Settle,
     *,
     minutes: float | None = None,
+    only: Mapping[str, Any] | None = None,
     costs: Costs | None = None,
     told: Callable[[list[Outcome], str], None] | None = None,
     callbacks: tuple[Any, ...] = (),
@@ -66,13 +67,14 @@ def run(
     Args:
         settle: turns keys of a recipe into a callable that makes the network, and keywords of
             ``compress``; called when a cell begins.
-        minutes: no cell is begun after so many.
+        minutes: no cell is begun after so many. only: axis → level; other cells are not begun.
         costs: measure parameters, MACs and latency alone, of networks with random weights that are
             cut by magnitude: no data, no training.
         told: called with all outcomes and the next cell's name before each, and at the end with "".
 
-    Raises what ``compress`` raises.
+    Raises what ``compress`` raises, and UnknownName for an axis or a level that does not exist.
     """
+    wanted = _levels(study, only or {})
     begun = monotonic()
     threads = None if costs is None else costs.threads
     changed = {} if threads is None else {"bench": {"threads": threads}}
@@ -80,7 +82,8 @@ def run(
     found = [Outcome(cell, _done(study, cell, costs is not None)) for cell in cells]
     for number, cell in enumerate(cells):
         late = minutes is not None and monotonic() - begun > 60 * minutes
-        if found[number].report is not None or late:
+        out = any(cell.place[axis] != level for axis, level in wanted.items())
+        if found[number].report is not None or late or out:
             continue
         if told is not None:
             told(found, cell.name)
@@ -95,6 +98,16 @@ def run(
     if told is not None:
         told(found, "")
     return found
+
+
+def _levels(study: Study, only: Mapping[str, Any]) -> dict[str, str]:
+    """The axes that are held, as their levels are named."""
+    for axis, level in only.items():
+        if axis not in study.axes:
+            raise UnknownName("axis", axis, study.axes)
+        if str(level) not in study.axes[axis]:
+            raise UnknownName(f"level of {axis}", str(level), study.axes[axis])
+    return {axis: str(level) for axis, level in only.items()}
 
 
 def _place(study: Study, cell: Cell, *, cost_only: bool) -> Path:
