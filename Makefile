@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo demo-seg study paper-costs bench zoo fuzz slow lint format types layers clean
+.PHONY: setup test demo demo-seg study paper-costs bench zoo fuzz fuzz-files kills slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -39,6 +39,9 @@ slow: $(STAMP)
 
 fuzz: $(STAMP)
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -W error -m generator
+
+kills: $(STAMP)
+	$(BIN)/python -m pytest tests/test_survival.py
 
 demo: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo.yaml --output out/demo --overwrite true

@@ -9,6 +9,9 @@
     ├── VerifyError                    the cut network does not compute what the masked one does
     ├── MissingGradient                an importance needs gradients and there are none
     ├── NonFiniteLoss                  the loss became NaN or infinite
+    ├── OutOfMemory                    the device or the machine has no memory left
+    ├── DataError                      a process that loads data died
+    ├── Interrupted                    a signal ended the run; its checkpoint is written
     ├── ArtefactError                  a saved folder is truncated, foreign or damaged
     ├── ExportError                    an exporter failed or its check did not hold
     └── OutputError                    an output folder exists already or cannot be written
@@ -25,10 +28,13 @@ from difflib import get_close_matches
 __all__ = [
     "ArtefactError",
     "CPDError",
+    "DataError",
     "ExportError",
     "InputError",
+    "Interrupted",
     "MissingGradient",
     "NonFiniteLoss",
+    "OutOfMemory",
     "OutputError",
     "PlanMismatch",
     "TraceError",
@@ -103,6 +109,18 @@ class MissingGradient(CPDError):
 
 class NonFiniteLoss(CPDError):
     """The loss became NaN or infinite; the text names the term and the step."""
+
+
+class OutOfMemory(CPDError):
+    """No memory was left; the text says at which step, and what needs less."""
+
+
+class DataError(CPDError):
+    """A process that loads data died; the text says at which step."""
+
+
+class Interrupted(CPDError):
+    """A signal (SIGTERM) ended the run after a step; the checkpoint is written."""
 
 
 class ArtefactError(CPDError):

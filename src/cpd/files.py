@@ -15,7 +15,9 @@ from pathlib import Path
 
 from cpd.errors import OutputError
 
-__all__ = ["publish", "refusal", "staging", "write_text"]
+__all__ = ["TEMPORARY", "publish", "refusal", "staging", "swept", "write_text"]
+
+TEMPORARY = ".cpd-"
 
 
 def refusal(path: Path, error: OSError) -> OutputError:
@@ -37,7 +39,7 @@ def staging(parent: Path) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".cpd-", dir=parent))
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
     except OSError as error:
         raise refusal(parent, error) from error
     try:
@@ -70,8 +72,25 @@ def publish(source: Path, target: Path) -> None:
             with path.open("rb+") as stream:
                 os.fsync(stream.fileno())
         source.replace(target)
+        _flush_folder(target.parent)
     except OSError as error:
         raise refusal(target, error) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the new name reach the disk, where the system knows how to."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def swept(folder: Path) -> None:
+    """Take away what a run that was killed left in the middle of writing."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

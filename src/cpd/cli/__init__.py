@@ -5,16 +5,40 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cpd.errors import CPDError
+from cpd.errors import (
+    ArtefactError,
+    CPDError,
+    DataError,
+    Interrupted,
+    NonFiniteLoss,
+    OutOfMemory,
+    OutputError,
+    UnreachableTarget,
+    VerifyError,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["main"]
+__all__ = ["CODES", "main"]
+
+# The first kind that fits; 1 is an error that nobody expected, with its traceback.
+CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (KeyboardInterrupt, 130),
+    (Interrupted, 143),
+    (UnreachableTarget, 3),
+    (VerifyError, 4),
+    (OutputError, 5),
+    (ArtefactError, 6),
+    (NonFiniteLoss, 7),
+    (OutOfMemory, 8),
+    (DataError, 9),
+    (CPDError, 2),
+)
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, 2 for an error in what was given, 130 for Ctrl-C.
+    """Run a command; return its exit code, see ``CODES``: 0, or what kind of error it was.
 
     ``--debug`` anywhere shows the traceback of an error.
     """
@@ -31,14 +55,15 @@ def main(words: list[str] | None = None) -> int:
             raise
         shown = Text(f"{type(error).__name__}: ", style="bold red")
         Console(stderr=True, soft_wrap=True).print(shown + Text(str(error)))
-        return 2
+        return next(code for kind, code in CODES if isinstance(error, kind))
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("cpd"):
             raise
         sys.stderr.write(f"the package {error.name!r} is missing: pip install 'cpd[all]'\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; --resume goes on from the last checkpoint\n")
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted; --resume goes on from the last checkpoint"
+        sys.stderr.write(f"{said}\n")
         return 130
     return 0
 

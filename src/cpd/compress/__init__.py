@@ -90,7 +90,10 @@ def compress(
         UnknownName: a keyword or a name of a shelf that does not exist.
         InputError: a value that cannot work, such as a target above 1.
         UnreachableTarget: the target cannot be met.
-        NonFiniteLoss: a loss became NaN or infinite; the last checkpoint is intact.
+        NonFiniteLoss: a loss became NaN or infinite; the last checkpoint is intact, and the batch
+            lies beside it.
+        OutOfMemory, DataError: no memory is left; a process that loads data died.
+        KeyboardInterrupt, Interrupted: Ctrl-C or SIGTERM, after the step; a checkpoint is written.
         OutputError: the output folder holds something already, or cannot be written.
     """
     noted = None if isinstance(model, nn.Module) else plain(model)
@@ -100,11 +103,12 @@ def compress(
         given = built(model, config)
         flags = {name: module.training for name, module in given.named_modules()}
         run = Run(config, given, example_inputs=example_inputs, teacher=taught, callbacks=callbacks)
-        groups = run.comb()
-        base = run.base()
-        student, plan = run.prune(base, groups)
-        small, proof = run.cut(student, plan)
-        small = run.recover(small, plan, proof)
+        with run.stops:
+            groups = run.comb()
+            base = run.base()
+            student, plan = run.prune(base, groups)
+            small, proof = run.cut(student, plan)
+            small = run.recover(small, plan, proof)
         for name, module in small.named_modules():
             module.training = flags.get(name, flags[""])
         networks = {"before": base, "after": small}

@@ -50,6 +50,7 @@ class Events(Callback):
         self.rounds = Rounds(groups, importance, config.schedule, config.choice)
         self.importance = importance
         self.masker: Any = None
+        self._resumed: Any = None
 
     @property
     def plan(self) -> Plan | None:
@@ -66,9 +67,14 @@ class Events(Callback):
         """Optimizer steps until the target."""
         return self.config.schedule.steps
 
-    def resume(self, plan: Plan, done: int) -> None:
-        """Go on after so many events, which led to ``plan``."""
-        self.rounds.plan, self.rounds.done = plan, done
+    def resume(self, plan: Plan | None, done: int, scores: Any = None) -> None:
+        """Go on after so many events, which led to ``plan``, with the scores since the last."""
+        self.rounds.plan, self.rounds.done, self._resumed = plan, done, scores
+
+    def scores(self) -> dict[str, torch.Tensor] | None:
+        """What has added up since the last event; None where the importance does not tell."""
+        state = getattr(self.importance, "state", None)
+        return None if state is None else state()
 
     def on_start(self, state: State) -> None:  # noqa: ARG002
         """Begin to watch, and mask what is gone already."""
@@ -77,6 +83,8 @@ class Events(Callback):
             first = to_device(self.batches[0], next(self.student.parameters()).device)
             self.calibrated = comb(self.student, first, **options)
         self.rounds.start(self.student)
+        if self._resumed:
+            self.importance.load_state(self._resumed)
         if self.plan is not None:
             self.masker = mask(self.student, self.plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cpd.compress.config import CompressConfig
-from cpd.distill import Loop, read, write
+from cpd.distill import Loop, exists, newest, write
 from cpd.errors import ArtefactError, InputError, NonFiniteLoss, OutputError
-from cpd.files import publish, refusal, staging, write_text
+from cpd.files import TEMPORARY, publish, refusal, staging, swept, write_text
 
 __all__ = ["Journal", "load_weights"]
 
@@ -52,11 +53,16 @@ class Journal:
         self.folder = None if config.output is None else Path(config.output)
         self.resumed: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
+        self.weights: dict[str, str] = {}
         if self.folder is None:
             return
-        if config.resume and self.checkpoint.exists():
+        if main:
+            swept(self.folder)
+            swept(self.folder / "checkpoints")
+        if config.resume and exists(self.checkpoint):
             self.resumed = self._resume()
             self.history = list(self.resumed["history"])
+            self.weights = dict(self.resumed.get("weights", {}))
         elif main:
             self._begin(self.folder)
 
@@ -79,8 +85,9 @@ class Journal:
         write_text(folder / "log.jsonl", "")
 
     def _clear(self, folder: Path) -> None:
-        begun = self.config.resume and not (folder / "manifest.json").exists()
-        if not self.config.overwrite and not (begun and (folder / "log.jsonl").exists()):
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)}
+        ours = names <= {*FILES, *FOLDERS} and "manifest.json" not in names
+        if not self.config.overwrite and not (self.config.resume and ours):
             raise OutputError(
                 f"{folder} is not empty. Choose another output, go on from its checkpoint with "
                 "resume, or replace the run in it with overwrite"
@@ -92,7 +99,7 @@ class Journal:
 
     def _resume(self) -> dict[str, Any]:
         """The checkpoint, and the log cut back to its moment."""
-        saved: Any = read(self.checkpoint)
+        saved: Any = newest(self.checkpoint)
         if not isinstance(saved, dict) or "identity" not in saved:
             raise ArtefactError(f"{self.checkpoint} is not a checkpoint of cpd.compress")
         _agree(saved["identity"], self.identity, self.checkpoint)
@@ -138,7 +145,8 @@ class Journal:
             return
         saved = {"identity": self.identity, "stage": stage, "history": self.history, "loop": state}
         length = self.log_path.stat().st_size if self.log_path.exists() else 0
-        write(self.checkpoint, {**saved, **values, "log": length})
+        values |= {"log": length, "weights": self.weights}
+        write(self.checkpoint, {**saved, **values}, generations=True)
 
     def save_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Write weights next to the checkpoint, for later runs (``weights=``) and for resuming."""
@@ -147,7 +155,31 @@ class Journal:
         path = self.folder / "checkpoints" / name
         with staging(path.parent) as temporary:
             save_file({n: t.contiguous() for n, t in weights.items()}, temporary / name)
+            self.weights[name] = _hash(temporary / name)
             publish(temporary / name, path)
+
+    def load_weights(self, model: nn.Module, name: str) -> None:
+        """Load what ``save_weights`` wrote.
+
+        Raises:
+            ArtefactError: it is gone or damaged.
+        """
+        assert self.folder is not None
+        path = self.folder / "checkpoints" / name
+        if name in self.weights and path.exists() and _hash(path) != self.weights[name]:
+            raise ArtefactError(
+                f"cannot read the weights {path}: its checksum is another than the checkpoint "
+                "notes. Take away the folder checkpoints, and the run begins anew"
+            )
+        load_weights(model, path)
+
+
+def _hash(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -27,7 +27,10 @@ from cpd.distill import (
     LoopOptions,
     Pieces,
     State,
+    Stopper,
+    Stops,
     examples,
+    keep_batch,
     snapshot,
 )
 from cpd.distill.batches import Batches, unpack
@@ -80,6 +83,11 @@ class Recorder(Callback):
             lr=state.rate,
             terms=losses,
         )
+
+    def on_bad_batch(self, state: State, details: dict[str, Any]) -> None:  # noqa: ARG002
+        """Keep the batch beside the checkpoints."""
+        if self.journal.folder is not None:
+            keep_batch(self.journal.folder / "checkpoints", details)
 
     def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:
         """A line in the log and the history; then the checkpoint."""
@@ -134,6 +142,7 @@ class Run:
         self.main: bool = state.is_main_process
         self.device: torch.device = state.device
         self.journal = Journal(config, digest(model), main=self.main)
+        self.stops = Stops(active=self.journal.folder is not None)
 
     def past(self, stage: str) -> bool:
         """Whether the checkpoint to go on from lies behind a stage."""
@@ -164,11 +173,13 @@ class Run:
         self, stage: str, student: nn.Module, options: LoopOptions, **saved: Any
     ) -> nn.Module:
         """A whole stage with a checkpoint after every evaluation."""
-        recorder = Recorder(self.journal)
-        watching = (recorder, *self.callbacks)
+
+        def save() -> None:
+            self.journal.save(stage, loop, **saved)
+
+        watching = (Recorder(self.journal, save), *self.callbacks, Stopper(self.stops, save))
         plan = Plan.from_json(saved["plan"]) if "plan" in saved else None
         loop = self._loop(stage, student, options, callbacks=watching, plan=plan)
-        recorder.save = lambda: self.journal.save(stage, loop, **saved)
         return loop.run().to(self.home)
 
     # --- the parts, in their order
@@ -204,8 +215,7 @@ class Run:
         config, name = self.config, "base.safetensors"
         base = self.model
         if config.base is not None and self.past("base"):
-            assert self.journal.folder is not None
-            load_weights(base, self.journal.folder / "checkpoints" / name)
+            self.journal.load_weights(base, name)
         elif config.base is not None:
             base = self._train("base", base, config.base)
             self.journal.save_weights(name, snapshot(base))
@@ -230,16 +240,23 @@ class Run:
             told = {"done": events.done, "of": self.config.schedule.count, "shares": shares}
             self.tell("on_event", "prune", told)
 
+        def save() -> None:
+            """Between two events: with the scores so far."""
+            text = None if events.plan is None else events.plan.to_json()
+            scores = events.scores()
+            if scores is not None:  # else the checkpoint of the last event has to do
+                self.journal.save("prune", loop, plan=text, done=events.done, scores=scores)
+
         batches = self._calibration()
         events = Events(student, groups, self.importance, self.config, saved, batches)
-        watching = (Recorder(self.journal), events, *self.callbacks)
+        watching = (Recorder(self.journal), events, *self.callbacks, Stopper(self.stops, save))
         loop = self._loop(
             "prune", student, self.config.prune, steps=events.steps, callbacks=watching, keep="last"
         )
         if resumed is not None and resumed["stage"] == "prune":
-            plan = Plan.from_json(resumed["plan"])
-            events.resume(plan, resumed["done"])
-            if loop.losses is not None:
+            plan = None if resumed["plan"] is None else Plan.from_json(resumed["plan"])
+            events.resume(plan, resumed["done"], resumed.get("scores"))
+            if loop.losses is not None and plan is not None:
                 loop.losses.keep(self._kept(plan))
         student = loop.run().to(self.home)
         assert events.plan is not None

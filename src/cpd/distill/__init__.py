@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cpd import data as data_shelf
@@ -15,12 +17,13 @@ from cpd import losses as loss_shelf
 from cpd import tasks as task_shelf
 from cpd.distill.batches import Batches, examples
 from cpd.distill.callbacks import Callback, State
-from cpd.distill.checkpoint import read, write
+from cpd.distill.checkpoint import exists, newest, read, write
 from cpd.distill.evaluate import evaluate
+from cpd.distill.interrupt import Stopper, Stops
 from cpd.distill.loop import Loop, Pieces, snapshot
 from cpd.distill.options import LoopOptions, TrainOptions, coerce
 from cpd.distill.seeds import derive, isolated
-from cpd.errors import InputError
+from cpd.errors import CPDError, InputError
 from cpd.plan import Plan
 
 __all__ = [
@@ -31,17 +34,25 @@ __all__ = [
     "LoopOptions",
     "Pieces",
     "State",
+    "Stopper",
+    "Stops",
     "TrainOptions",
     "coerce",
     "derive",
     "distill",
     "evaluate",
     "examples",
+    "exists",
     "isolated",
+    "keep_batch",
+    "newest",
     "read",
     "snapshot",
     "write",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class Distilled:
 
 
 class Saver(Callback):
-    """Writes a checkpoint after every evaluation."""
+    """Writes a checkpoint after every evaluation, two generations of it."""
 
     def __init__(self, path: Path) -> None:
         """``path``: the file."""
@@ -75,8 +86,17 @@ class Saver(Callback):
 
     def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:  # noqa: ARG002
         """Write the loop's state from the main process."""
-        if self.loop is not None and state.main:
-            write(self.path, self.loop.state_dict())
+        if state.main:
+            self.save()
+
+    def save(self) -> None:
+        """Write the loop's state."""
+        if self.loop is not None and self.loop.state.main:
+            write(self.path, self.loop.state_dict(), generations=True)
+
+    def on_bad_batch(self, state: State, details: dict[str, Any]) -> None:  # noqa: ARG002
+        """Keep the batch beside the checkpoint."""
+        keep_batch(self.path.parent, details)
 
 
 def distill(
@@ -116,7 +136,9 @@ def distill(
 
     Raises:
         UnknownName: no loss, task, data, optimizer or schedule of that name.
-        NonFiniteLoss: the loss became NaN or infinite.
+        NonFiniteLoss: the loss became NaN or infinite; its batch lies beside the checkpoint.
+        OutOfMemory, DataError: no memory is left; a process that loads data died.
+        KeyboardInterrupt, Interrupted: Ctrl-C or SIGTERM, after the step; a checkpoint is written.
         OutputError: the checkpoint cannot be written. ArtefactError: it cannot be read.
     """
     if resume and checkpoint is None:
@@ -133,17 +155,34 @@ def distill(
         _kept(plan, loss_shelf.resolve(losses)),
     )
     saver = Saver(Path(checkpoint)) if checkpoint is not None else None
-    watching = (*callbacks, saver) if saver is not None else callbacks
-    with isolated(seed):
+    stops = Stops(active=saver is not None)
+    watching = callbacks if saver is None else (*callbacks, saver, Stopper(stops, saver.save))
+    with isolated(seed), stops:
         loop = Loop(pieces, options, stage="distill", seed=seed, callbacks=watching)
         if saver is not None:
             saver.loop = loop
-            if resume and saver.path.exists():
-                loop.load_state_dict(read(saver.path))
+            if resume and exists(saver.path):
+                loop.load_state_dict(newest(saver.path))
         model = loop.run()
     for copied, original in zip(model.modules(), student.modules(), strict=True):
         copied.training = original.training
     return Distilled(model, loop.state.history, _best(loop))
+
+
+def keep_batch(folder: Path, details: dict[str, Any]) -> None:
+    """Write a batch whose loss is not finite, and note where; what cannot be written is logged."""
+    path = folder / f"bad-batch-{_rank()}.safetensors"
+    try:
+        write(path, {name: details[name] for name in ("batch", "terms")})
+    except CPDError as error:
+        log.warning("the batch whose loss is not finite is not kept: %s", error)
+    else:
+        details["saved"] = path
+
+
+def _rank() -> int:
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if known else 0
 
 
 def _kept(plan: Plan | None, losses: loss_shelf.Losses) -> loss_shelf.Kept:

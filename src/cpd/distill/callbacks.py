@@ -63,6 +63,9 @@ class Callback:
     def on_end(self, state: State) -> None:
         """After the last step of a stage."""
 
+    def on_bad_batch(self, state: State, details: dict[str, Any]) -> None:
+        """When a loss is not finite; ``details``: "batch", "terms", and where it was "saved"."""
+
     def on_event(self, name: str, details: dict[str, Any]) -> None:
         """When something else happened: a part of the way began, units were pruned."""
 

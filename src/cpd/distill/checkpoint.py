@@ -1,12 +1,15 @@
 """Checkpoints without pickle: a safetensors file, tensors as its body, all else JSON in its head.
 
-The file is replaced in one step, so a run that dies while it writes keeps the checkpoint before.
+The file is replaced in one step, so a run that dies while it writes keeps the checkpoint before. A
+checksum of everything tells a damaged file, and the generation before it can be kept beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,10 @@ from safetensors.torch import save_file
 from cpd.errors import ArtefactError, InputError, OutputError
 from cpd.files import publish, staging
 
-__all__ = ["pack", "read", "unpack", "write"]
+__all__ = ["exists", "newest", "pack", "previous", "read", "unpack", "write"]
 
-FORMAT = "cpd.checkpoint.1"
+FORMAT = "cpd.checkpoint.2"
+OLDER = "cpd.checkpoint.1"  # without a checksum
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -65,29 +69,65 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def write(path: str | os.PathLike[str], value: Any) -> None:
+def write(path: str | os.PathLike[str], value: Any, *, generations: bool = False) -> None:
     """Write a nest of mappings, sequences, tensors and plain values, atomically.
+
+    ``generations``: the file that was there stays, as ``previous(path)``.
 
     Raises:
         OutputError: the file cannot be written. InputError: a value that a checkpoint cannot hold.
     """
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
-    head = {"format": FORMAT, "value": json.dumps(pack(value, tensors))}
+    text = json.dumps(pack(value, tensors))
+    head = {"format": FORMAT, "value": text, "sha256": _checksum(text, tensors)}
     with staging(path.parent) as temporary:
         draft = temporary / path.name
         try:
             save_file(tensors, draft, metadata=head)
         except SafetensorError as error:
-            raise OutputError(f"cannot write the checkpoint {path}: {error}") from error
+            raise OutputError(
+                f"cannot write the checkpoint {path}: {error}. The one before is intact; make "
+                "room, or choose another folder"
+            ) from error
+        if generations and path.exists():
+            path.replace(previous(path))
         publish(draft, path)
+
+
+def previous(path: Path) -> Path:
+    """Where the generation before lies."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a checkpoint of any generation."""
+    return path.exists() or previous(path).exists()
+
+
+def newest(path: Path) -> Any:
+    """The checkpoint, or where it is damaged or missing the one before it, with a warning.
+
+    Raises:
+        ArtefactError: neither can be read.
+    """
+    try:
+        return read(path)
+    except ArtefactError as error:
+        if not previous(path).exists():
+            raise
+        found = read(previous(path))
+        if path.exists():  # else the run ended between two renames, and nothing is damaged
+            warnings.warn(f"{error}. Going on from {previous(path)}, the one before", stacklevel=2)
+        return found
 
 
 def read(path: str | os.PathLike[str]) -> Any:
     """What ``write`` wrote.
 
     Raises:
-        ArtefactError: no such file, a truncated one, or one that is no checkpoint of this library.
+        ArtefactError: no such file, a truncated or damaged one, or one that is no checkpoint of
+            this library.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -95,7 +135,24 @@ def read(path: str | os.PathLike[str]) -> Any:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"cannot read the checkpoint {path}: {error}") from error
-    if head.get("format") != FORMAT:
+    if head.get("format") not in (FORMAT, OLDER):
         found = head.get("format", "none")
         raise ArtefactError(f"{path} is not a checkpoint of this library ({FORMAT}); found {found}")
-    return unpack(json.loads(head["value"]), tensors)
+    text = head.get("value", "")
+    if head["format"] == FORMAT and head.get("sha256") != _checksum(text, tensors):
+        raise ArtefactError(f"cannot read the checkpoint {path}: its checksum is another")
+    try:
+        return unpack(json.loads(text), tensors)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ArtefactError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The hash of all that a checkpoint holds."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -15,6 +15,7 @@ from cpd import losses as loss_shelf
 from cpd.distill.batches import Batches, examples, parts, size, to_device, unpack
 from cpd.distill.callbacks import Callbacks, State
 from cpd.distill.evaluate import evaluate
+from cpd.distill.failures import explained
 from cpd.distill.optim import Schedule, build_optimizer
 from cpd.distill.options import LoopOptions, TrainOptions
 from cpd.distill.seeds import derive, seed_all
@@ -151,13 +152,20 @@ class Loop:
 
         Raises:
             NonFiniteLoss: a loss became NaN or infinite; nothing was stepped with it.
+            OutOfMemory, DataError: no memory is left; a process that loads data died.
         """
         state = self.state
         self._training()
         self.optimizer.zero_grad(set_to_none=True)
         self.callbacks("on_start", state)
-        while not self._finished():
-            self._epoch()
+        try:
+            while not self._finished():
+                self._epoch()
+        except (RuntimeError, MemoryError) as error:
+            known = explained(error, state)
+            if known is None:
+                raise
+            raise known from error
         if state.step and self.evaluated != state.step:
             self._evaluate()
         if self.best is not None and self.keep == "best":
@@ -222,7 +230,7 @@ class Loop:
         wait = nullcontext() if self.state.synced else self.accelerator.no_sync(self.model)
         with wait:
             terms = self._terms(chunk)
-            self._record(terms, share)
+            self._record(terms, share, chunk)
             shares = {name: term * share for name, term in terms.items()}
             self.callbacks("before_backward", self.state, shares)
             self.accelerator.backward(torch.stack(list(shares.values())).sum())
@@ -250,7 +258,7 @@ class Loop:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _record(self, terms: Mapping[str, torch.Tensor], share: float) -> None:
+    def _record(self, terms: Mapping[str, torch.Tensor], share: float, chunk: Any) -> None:
         """Note the terms, averaged over processes; stop every process where one is not finite."""
         values = torch.stack([term.detach().float() for term in terms.values()])
         if self.accelerator.num_processes > 1:
@@ -258,10 +266,14 @@ class Loop:
         named = dict(zip(terms, values.tolist(), strict=True))
         if not all(map(math.isfinite, named.values())):
             state, shown = self.state, ", ".join(f"{n} = {v:.6g}" for n, v in named.items())
+            details: dict[str, Any] = {"batch": chunk, "terms": named}
+            self.callbacks("on_bad_batch", state, details)
+            kept = f" The batch is in {details['saved']}." if "saved" in details else ""
             raise NonFiniteLoss(
                 f"the loss is not finite at step {state.step + 1} of {state.total} in stage "
                 f"{state.stage!r}: {shown} (learning rate {state.rate:.3g}). Nothing was stepped "
                 "with it; the last checkpoint is intact. Try a lower rate, a warm-up, or clip=1."
+                f"{kept}"
             )
         losses = self.state.losses
         named["total"] = sum(named.values())

@@ -1,0 +1,447 @@
+"""Runs that are killed, stopped, starved: nothing is lost, and the end is the same bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import cpd
+from cpd import errors
+from cpd.compress import compress
+from cpd.distill import distill, exists, newest, read, write
+from cpd.distill.checkpoint import previous
+from test_compress import SGD, Data, keywords, normed, same, tensors
+
+BASE = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
+
+
+def given(folder, **changes):
+    return keywords(base=BASE, output=folder, resume=True, importance="fisher", **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    begun = time.perf_counter()
+    result = compress(normed(), **given(folder))
+    return result, (folder / "log.jsonl").read_text(), time.perf_counter() - begun
+
+
+def agrees(whole, folder):
+    """The rest of the run, and whether it ends as the whole one did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = compress(normed(), **given(folder))
+    assert same(result.model, whole[0].model)
+    assert result.plan.to_json() == whole[0].plan.to_json()
+    assert result.report.history == whole[0].report.history
+    assert (folder / "log.jsonl").read_text() == whole[1]
+    assert not list(folder.rglob(".cpd-*"))
+
+
+def forked(work):
+    """Run a function in a process of its own; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(99)  # reached only where nothing killed it
+    return child
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(call, count, *, before):
+    """The call, in which the process dies the count-th time."""
+    left = [count]
+
+    def wrapped(*args, **options):
+        left[0] -= 1
+        if left[0] == 0 and before:
+            die()
+        result = call(*args, **options)
+        if left[0] == 0:
+            die()
+        return result
+
+    return wrapped
+
+
+def torn(call, count):
+    """The count-th file is half a file, then death."""
+    left = [count]
+
+    def wrapped(values, path, **options):
+        left[0] -= 1
+        call(values, path, **options)
+        if left[0] == 0:
+            data = Path(path).read_bytes()
+            Path(path).write_bytes(data[: len(data) // 2])
+            die()
+
+    return wrapped
+
+
+def killed_at(place, count, folder):
+    """Kill a run at the count-th of the calls that write; return its process."""
+
+    def work():
+        from cpd.distill import checkpoint
+
+        if place == "half a file":
+            checkpoint.save_file = torn(checkpoint.save_file, count)
+        elif place == "flush":
+            os.fsync = counted(os.fsync, count, before=True)
+        else:
+            before = place == "before a rename"
+            Path.replace = counted(Path.replace, count, before=before)
+        compress(normed(), **given(folder))
+
+    return forked(work)
+
+
+def waited(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def some(cases, fast):
+    """The first of the cases, and the others marked slow."""
+    slow = [pytest.param(*case, marks=pytest.mark.slow) for case in cases[fast:]]
+    return [*cases[:fast], *slow]
+
+
+PLACES = [
+    ("half a file", 4),
+    ("before a rename", 8),
+    ("after a rename", 7),
+    ("flush", 14),
+    ("half a file", 1),
+    ("flush", 5),
+    ("before a rename", 4),
+    ("after a rename", 12),
+]
+
+
+@pytest.mark.parametrize(("place", "count"), some(PLACES, 3))
+def test_killed_inside_a_write(place, count, whole, tmp_path):
+    folder = tmp_path / "out"
+    assert waited(killed_at(place, count, folder)) == -signal.SIGKILL
+    agrees(whole, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(24))
+def test_killed_at_a_random_instant(number, whole, tmp_path):
+    folder = tmp_path / "out"
+    random.seed(number)
+    for _ in range(1 + number % 3):  # some are killed again and again
+        child = forked(lambda: compress(normed(), **given(folder)))
+        time.sleep(random.uniform(0.05, whole[2]))
+        os.kill(child, signal.SIGKILL)
+        assert waited(child) in (-signal.SIGKILL, 99)
+    agrees(whole, folder)
+
+
+# --- two generations
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(whole, tmp_path):
+    folder = tmp_path / "out"
+    assert waited(killed_at("after a rename", 14, folder)) == -signal.SIGKILL
+    last = folder / "checkpoints" / "last.safetensors"
+    assert exists(last)
+    data = bytearray(last.read_bytes())
+    data[-20] ^= 1  # one bit of one weight
+    last.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"last\.safetensors: its checksum.*last\.previous"):
+        result = compress(normed(), **given(folder))
+    assert same(result.model, whole[0].model)
+
+
+def test_generations(tmp_path):
+    path = tmp_path / "file.safetensors"
+    for number in range(3):
+        write(path, {"number": number, "tensor": torch.arange(3.0)}, generations=True)
+    assert [read(path)["number"], read(previous(path))["number"]] == [2, 1]
+    path.unlink()
+    assert newest(path)["number"] == 1
+    previous(path).unlink()
+    assert not exists(path)
+    with pytest.raises(errors.ArtefactError, match="cannot read"):
+        newest(path)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "file"
+    write(path, {"text": "abc", "tensor": torch.arange(4.0), "number": 1.5})
+    whole_file = path.read_bytes()
+    for place in range(len(whole_file)):
+        data = bytearray(whole_file)
+        data[place] ^= 0x20
+        path.write_bytes(data)
+        try:
+            found = read(path)
+        except errors.ArtefactError:
+            continue
+        assert found["text"] == "abc", place  # white space of the head, or its order
+        assert torch.equal(found["tensor"], torch.arange(4.0))
+
+
+def test_damaged_base_weights_are_named(tmp_path):
+    folder = tmp_path / "out"
+
+    class Stop:
+        def after_step(self, state):
+            if (state.stage, state.step) == ("prune", 5):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(normed(), **given(folder), callbacks=(Stop(),))
+    path = folder / "checkpoints" / "base.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(errors.ArtefactError, match=r"base\.safetensors: its checksum"):
+        compress(normed(), **given(folder))
+
+
+def test_checkpoints_without_a_checksum_are_still_read(tmp_path):
+    from safetensors.torch import save_file
+
+    head = {"format": "cpd.checkpoint.1", "value": '{"map": [["a", {"tensor": "a"}]]}'}
+    save_file({"a": torch.arange(3)}, tmp_path / "old", metadata=head)
+    assert torch.equal(read(tmp_path / "old")["a"], torch.arange(3))
+
+
+# --- signals
+
+
+class Signal:
+    """Sends a signal to its own process while a step is on."""
+
+    def __init__(self, number, stage, step, times=1):
+        self.number, self.at, self.times = number, (stage, step), times
+
+    def after_backward(self, state):
+        if (state.stage, state.step + 1) == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+SIGNALS = [
+    ("prune", 2, "hessian"),
+    ("recover", 4, "fisher"),
+    ("base", 2, "hessian"),
+    ("prune", 1, "fisher"),
+    ("prune", 2, "hutchinson"),
+    ("prune", 5, "fisher"),
+    ("prune", 8, "kfac"),
+    ("prune", 9, "hessian"),
+]
+
+
+@pytest.mark.parametrize(("stage", "step", "importance"), some(SIGNALS, 2))
+def test_a_signal_writes_a_checkpoint_after_the_step(stage, step, importance, tmp_path):
+    folder = tmp_path / "out"
+    options = {**given(folder), "importance": importance}
+    wanted = compress(normed(), **{**options, "output": None, "resume": False})
+    with pytest.raises(errors.Interrupted, match="stopped by SIGTERM"):
+        compress(normed(), **options, callbacks=(Signal(signal.SIGTERM, stage, step),))
+    saved = read(folder / "checkpoints" / "last.safetensors")
+    assert (saved["stage"], saved["loop"]["at"]["step"]) == (stage, step)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert same(compress(normed(), **options).model, wanted.model)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_and_twice_is_at_once(tmp_path):
+    options = given(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt, match="after step 2 of 9 of stage 'prune'"):
+        compress(normed(), **options, callbacks=(Signal(signal.SIGINT, "prune", 2),))
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped by Ctrl-C; resume"):
+        compress(normed(), **options, callbacks=(Signal(signal.SIGINT, "prune", 4, times=2),))
+    assert read(tmp_path / "out" / "checkpoints" / "last.safetensors")["loop"]["at"]["step"] == 3
+
+
+def test_without_a_folder_and_outside_the_main_thread_signals_are_left_alone(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compress(normed(), **keywords(), callbacks=(Signal(signal.SIGINT, "prune", 2),))
+    found = []
+    work = threading.Thread(
+        target=lambda: found.append(compress(normed(), **given(tmp_path / "o")))
+    )
+    work.start()
+    work.join()
+    assert found
+
+
+def test_distill_stops_and_goes_on(tmp_path):
+    path = tmp_path / "checkpoint"
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 3}
+    plain = {"data": Data(), "teacher": normed(), "options": options, "seed": 1}
+    wanted = distill(normed(), **plain)
+    stop = Signal(signal.SIGTERM, "distill", 8)
+    with pytest.raises(errors.Interrupted, match="after step 8 of 18"):
+        distill(normed(), **plain, checkpoint=path, callbacks=(stop,))
+    found = distill(normed(), **plain, checkpoint=path, resume=True)
+    assert same(found.model, wanted.model)
+    assert found.history == wanted.history
+
+
+# --- what a machine runs out of
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
+    """Files of the child cannot grow over a limit, as on a full disk."""
+    folder = tmp_path / "out"
+
+    class Full:
+        def after_step(self, state):
+            if (state.stage, state.step) == ("prune", 5):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            compress(normed(), **given(folder), callbacks=(Full(),))
+        except errors.OutputError as error:
+            os._exit(5 if "cannot write" in str(error) else 6)
+
+    assert waited(forked(work)) == 5
+    agrees(whole, folder)
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    def refused(*args, **options):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr("cpd.files.tempfile.mkdtemp", refused)
+    with pytest.raises(errors.OutputError, match=r"cannot write .*out.*Permission denied"):
+        compress(normed(), **given(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_says_what_needs_less(error, whole, tmp_path):
+    folder = tmp_path / "out"
+
+    class Starved:
+        def after_backward(self, state):
+            if (state.stage, state.step) == ("prune", 4):
+                raise error
+
+    with pytest.raises(errors.OutOfMemory, match=r"step 5 of 9 in stage 'prune'.*accumulate"):
+        compress(normed(), **given(folder), callbacks=(Starved(),))
+    agrees(whole, folder)
+
+
+def test_memory_that_really_runs_out():
+    def work():
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + (1 << 28),) * 2)
+
+        class Greedy:
+            def after_backward(self, state):
+                torch.ones(1 << 30)
+
+        try:
+            compress(normed(), **keywords(), callbacks=(Greedy(),))
+        except errors.OutOfMemory:
+            os._exit(8)
+
+    assert waited(forked(work)) == 8
+
+
+def _address_space():
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+class Deadly(Dataset):
+    """The process that loads one sample dies."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index == 40 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.data[index]
+
+
+def test_a_data_worker_that_dies_is_told_apart(tmp_path):
+    class Sick(Data):
+        def __init__(self):
+            super().__init__()
+            self.train = Deadly(self.train)
+
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1, "workers": 1}
+    with pytest.raises(errors.DataError, match=r"data died at step \d.*workers=0"):
+        distill(normed(), data=Sick(), options=options)
+
+
+def test_a_loss_that_is_not_finite_keeps_its_batch(tmp_path):
+    def sick(student, teacher):
+        sick.calls += 1
+        return student.sum() * (float("nan") if sick.calls > 3 else 0.0)
+
+    sick.calls = 0
+    folder = tmp_path / "out"
+    with pytest.raises(errors.NonFiniteLoss, match=r"The batch is in .*bad-batch-0\.safetensors"):
+        compress(normed(), **{**given(folder), "losses": sick})
+    found = read(folder / "checkpoints" / "bad-batch-0.safetensors")
+    assert found["batch"][0].shape == (16, 3, 8, 8)
+    assert found["terms"]["sick"] != found["terms"]["sick"]  # NaN
+    assert tensors(normed())
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InputError("x"), 2),
+        (errors.UnreachableTarget("x"), 3),
+        (errors.VerifyError("x"), 4),
+        (errors.OutputError("x"), 5),
+        (errors.ArtefactError("x"), 6),
+        (errors.NonFiniteLoss("x"), 7),
+        (errors.OutOfMemory("x"), 8),
+        (errors.DataError("x"), 9),
+        (errors.Interrupted("x"), 143),
+        (KeyboardInterrupt("x"), 130),
+    ],
+)
+def test_exit_codes(error, code, monkeypatch, capsys):
+    from cpd.cli import main
+
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr("cpd.cli._run", broken)
+    assert main(["comb", "x:y"]) == code
+    assert "x" in capsys.readouterr().err
+    page = (Path(__file__).parents[1] / "docs" / "survival.md").read_text()
+    assert f"| {code} |" in page
+    assert cpd.CPDError
