@@ -596,3 +596,41 @@ def test_printed_groups(name: str) -> None:
         path.write_text(text, encoding="utf-8")
         pytest.fail(f"{path} was not there; it is now: read it before you keep it")
     assert text == path.read_text(encoding="utf-8")
+
+
+# --- widths that kernels take ---------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two experts in one tensor, whose kernel takes rows of multiples of 16 bytes."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.start = nn.ModuleList(nn.Linear(6, width) for width in widths)
+        self.up = nn.Parameter(torch.randn(2, 16, 32) / 4)
+        self.down = nn.Parameter(torch.randn(2, 32, 8) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ends = torch.tensor([3, 8], dtype=torch.int32)
+        x = torch.cat([start(x) for start in self.start], 1)
+        inner = torch._grouped_mm(x, self.up, offs=ends).relu()
+        return torch._grouped_mm(inner, self.down, offs=ends)
+
+
+def test_grouped_products_keep_multiples() -> None:
+    model, x = (
+        Experts(16).bfloat16(),
+        torch.randn(8, 6).bfloat16(),
+    )  # its fake kernel takes no other
+    groups = cpd.comb(model, x)
+    assert {group.name: group.families[0].multiple for group in groups} == {"start.0": 8, "up": 8}
+    scores = {group.name: torch.rand(group.size) for group in groups}
+    plan = cpd.choose(groups, scores, "params=0.4", unreachable="closest")
+    assert [(w.before, w.after) for w in plan.widths] == [(32, 16), (16, 8)]
+    assert cpd.cut(model, plan, verify=False)(x).shape == (8, 8)  # the real kernel
+
+
+def test_widths_that_no_multiple_divides_stay() -> None:
+    groups = cpd.comb(Experts(10, 6).bfloat16(), torch.randn(8, 6).bfloat16())
+    assert [group.name for group in groups] == ["up"]
+    assert "grouped products take multiples of 8" in str(groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import ceil
+from math import ceil, lcm
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             removable = _removable(group, family, kept, len(steps), rules)
             limited += int(removable < kept)
             chunk = rules.multiple_of if family.kind in ("channels", "head dims") else 1
-            sizes = _chunks(kept, removable, chunk)
+            sizes = _chunks(kept, removable, lcm(chunk, family.multiple))
             steps = steps[: sum(sizes)]
             parts.append((steps, weights.of(steps.ravel()).reshape(steps.shape).sum(1), sizes))
             pool = {"isomorphic": (group.kind, position), "uniform": len(sources)}

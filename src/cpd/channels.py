@@ -6,6 +6,7 @@ while the graph of a network is read, and solved once at the end (`cpd.units`):
 - **union**: two ids are the same channel;
 - **freeze**: a channel that must stay, with the reason; **keep one**: of a run, one channel must
   stay;
+- **multiple**: of these channels a multiple of a number must stay;
 - **fold**: ids laid out as rows and columns because one axis is used as two (heads x head dim,
   groups x channels). Every row that is alive must keep the same number of ids (*balance*). A row
   has a *block* id, which is dead exactly when the whole row is. A *tied* fold keeps the same
@@ -69,6 +70,7 @@ class Channels:
         self.frozen: list[tuple[Ids, Reason]] = []
         self.held: list[tuple[Ids, Reason]] = []
         self.nonempty: list[Ids] = []
+        self.multiples: list[tuple[Ids, int, Reason]] = []
         self.used: list[Ids] = []
         self.place = Place()  # the call that is being read: what is demanded is its demand
         self._edges: list[tuple[Ids, Ids]] = []
@@ -106,6 +108,10 @@ class Channels:
     def keep_one(self, ids: Ids) -> None:
         """At least one of these channels must stay."""
         self.nonempty.append(ids.ravel())
+
+    def keep_multiple(self, ids: Ids, number: int, reason: str) -> None:
+        """How many of these channels stay must be a multiple of `number`."""
+        self.multiples.append((ids, number, Reason(reason, self.place)))
 
     def freeze_inner(self, ids: Ids, reason: str) -> None:
         """Fix the size of the last axis of `ids`; whole rows may still vanish."""

@@ -88,6 +88,7 @@ def comb(
     units.families = [f for f in units.families if _in_tensors(units, f, signature)]
     units.families += _singles(units, signature)
     units.families = named_families(units, heads)
+    units.keep_multiples()
     units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
     return finish(groups)

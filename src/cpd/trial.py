@@ -248,7 +248,9 @@ def _without(groups: Groups, families: Iterable[Family], *, least: bool = False)
     for number, family in enumerate(families):
         most = min(family.size, family.width - 1)  # not the same of all: two must not fit by chance
         gone = 1 + (most // 2 + number) % most if most > 0 else 0
-        which = slice(family.size - 1, None) if least and gone else slice(gone)
+        times = family.multiple
+        gone = min(-(-gone // times), most // times) * times
+        which = slice(family.size - times, None) if least and gone else slice(gone)
         first = np.concatenate([cluster[: family.size][which] for cluster in family.clusters])
         alive[groups.units.closure(first.tolist())] = False
     return alive

@@ -10,8 +10,9 @@ NumPy only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +26,13 @@ KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups"
 @dataclass(frozen=True, eq=False)
 class Family:
     """Units of one kind: unit k removes one class of each cluster. `width` counts the frozen ones
-    too.
+    too. `multiple`: the number of what stays must be a multiple of it.
     """
 
     kind: str
     clusters: tuple[Ids, ...]
     width: int
+    multiple: int = 1
 
     @property
     def size(self) -> int:
@@ -55,6 +57,7 @@ class Units:
     below: dict[int, Ids]
     nonempty: list[Ids]
     bound: NDArray[np.bool_]
+    multiples: list[tuple[Ids, int, Reason]] = field(default_factory=list)
     _closures: dict[int, Ids] = field(default_factory=dict)
 
     def closure(self, classes: Iterable[int]) -> Ids:
@@ -74,6 +77,23 @@ class Units:
             ]
             self._closures[block] = np.unique(np.concatenate([below, *inner]))
         return self._closures[block]
+
+    def keep_multiples(self) -> None:
+        """Tell families the numbers that must divide their widths; keep those that cannot."""
+        for ids, number, reason in self.multiples:
+            mine = np.unique(self.label[ids])
+            families = []
+            for family in self.families:
+                classes = np.concatenate(family.clusters)
+                if not np.isin(self.closure(classes.tolist()), mine).any():
+                    families.append(family)
+                elif ids.ndim == 1 and np.isin(classes, mine).all() and family.width % number == 0:
+                    multiple = math.lcm(family.multiple, number)
+                    families.append(replace(family, multiple=multiple))
+                else:
+                    self.reasons.append(reason)
+                    _fill(self.frozen, classes, len(self.reasons) - 1)
+            self.families = families
 
     def cause(self, c: int) -> Reason | None:
         """Return why a class stays and which call demands it, or None where it may go."""
@@ -262,7 +282,7 @@ class _Solver:
                 if classes is not None:
                     bound[classes] = True
         solved = (self.label, self.count, self.reasons, self.frozen, self.held)
-        return Units(*solved, families, below, nonempty, bound)
+        return Units(*solved, families, below, nonempty, bound, self.channels.multiples)
 
     def _below(self) -> dict[int, Ids]:
         parts: dict[int, list[Ids]] = {}

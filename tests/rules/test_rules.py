@@ -463,7 +463,7 @@ CASES = [
     case("vdot", lambda x, w: x * torch.vdot(w, w), X(-6), W(6)),
     case("bilinear", F.bilinear, X(-6), X(-5), W(7, 6, 5), W(7)),
     case("bilinear no bias", F.bilinear, X(4, -6), X(4, -5), W(7, 6, 5)),
-    case("grouped_mm", lambda x, w: grouped_mm_fallback(x, w, torch.tensor([1, 3])), X(-6), W(2, 6, 7)),
+    case("grouped_mm", lambda x, w: grouped_mm_fallback(x, w, torch.tensor([1, 3])), X(-16), W(2, 16, 24)),
     case("cosine_similarity", lambda x, y: F.cosine_similarity(x, y, -1), TOKENS, TOKENS),
     case("cosine over tokens", lambda x, y: F.cosine_similarity(x, y, 1), TOKENS, TOKENS),
     case("cdist", torch.cdist, TOKENS, X(4, -6)),

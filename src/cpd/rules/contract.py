@@ -137,6 +137,10 @@ def grouped_mm(call: Call) -> Labels:
         return Labels(call.shape)
     call.freeze_axis(w, 0, "chosen by data")
     _consume(call, w, 1)
+    for labels, axis in ((x, 1), (w, 1), (w, 2)):
+        layer = labels.at(axis, call.channels)
+        if layer is not None:  # the kernel, which runs where it can, wants rows of 16 bytes
+            call.channels.keep_multiple(layer.ids, 8, "grouped products take multiples of 8")
     inner = tuple(e for e in w.layers if 0 not in e.axes)
     for layer in (e for e in w.layers if len(e.axes) > 1 and 0 in e.axes):
         call.freeze(layer.ids, "chosen by data")
