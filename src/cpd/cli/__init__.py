@@ -62,7 +62,8 @@ def main(words: list[str] | None = None) -> int:
         sys.stderr.write(f"the package {error.name!r} is missing: pip install 'cpd[all]'\n")
         return 2
     except KeyboardInterrupt as error:
-        said = str(error) or "interrupted; --resume goes on from the last checkpoint"
+        again = "the same command" if words[:1] == ["study"] else "--resume"
+        said = str(error) or f"interrupted; {again} goes on from the last checkpoint"
         sys.stderr.write(f"{said}\n")
         return 130
     return 0

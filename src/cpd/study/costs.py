@@ -90,7 +90,7 @@ def _timed(
         probe = latency.compare(paths, runs=_PROBE, warmup=2, **common)
         each = sum(one.median_ms for one in probe) / 1000 * (1 + 1 / latency.BLOCK)
         runs = max(_LEAST, min(bench.runs, int(seconds / each)))
-        times = latency.compare(paths, runs=runs, warmup=min(bench.warmup, runs), **common)
+        times = latency.compare(paths, runs=runs, warmup=min(bench.warmup, runs // 10), **common)
         return {
             name: {"onnx_bytes": path.stat().st_size, "latency": time}
             for name, path, time in zip(networks, paths, times, strict=True)
