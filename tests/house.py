@@ -136,5 +136,6 @@ PUBLIC = {
     "prune",
     "repair",
     "save",
+    "steps",
     "verify",
 }

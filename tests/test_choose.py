@@ -205,7 +205,7 @@ def test_limits_are_patterns() -> None:
         groups, random_scores(groups, 0), "macs=0.1", limits={"*": 0}, unreachable="closest"
     )
     assert removed(plan) == 0
-    with pytest.raises(InputError, match="limit 'x\\*' matches no coupling group; there are: 0, 1"):
+    with pytest.raises(InputError, match=r"limit 'x\*' matches no coupling group .*: 0, 1"):
         cpd.choose(groups, random_scores(groups, 0), "macs=0.5", limits={"x*": 0.5})
     with pytest.raises(InputError, match="limit 0=2; give the largest share"):
         cpd.choose(groups, random_scores(groups, 0), "macs=0.5", limits={"0": 2})

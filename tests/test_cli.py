@@ -319,3 +319,22 @@ def test_interrupting_says_how_to_go_on(monkeypatch, capsys):
 
 def test_running_as_a_module():
     assert Path(main.__code__.co_filename).with_name("__main__.py").exists()
+
+
+def test_prune_uniformly_shows_the_configuration(capsys, tmp_path):
+    words = ["timm:vit_tiny_patch16_224", "--target", "params=0.7", "--strategy", "knapsack"]
+    args = {"img_size": 32, "patch_size": 8, "depth": 2, "num_classes": 10}
+    for name, value in args.items():
+        words += [f"--model_args.{name}", value]
+    words += ["--uniform", "true", "--limits", '{"*attn*": 0, "patch_embed*": 0}']
+    assert run("prune", *words, "--output", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "the same as timm.create_model('vit_tiny_patch16_224'" in shown.replace("\n", "")
+    noted = json.loads((tmp_path / "out" / "manifest.json").read_text())["extra"]["config"]
+    assert set(noted["values"]) == {*args, "mlp_ratio"}
+
+
+def test_prune_keeps_what_is_named(capsys):
+    words = ["test_cli:small", "--input_shape", "3,8,8", "--target", "params=0.7"]
+    assert run("prune", *words, "--keep", '{"0": all}') == 3
+    assert "cannot be reached" in capsys.readouterr().err

@@ -44,6 +44,7 @@ from .prune import prune
 from .pruner import Event, Pruner
 from .repair import repair
 from .report import Report
+from .steps import steps
 from .verify import Proof, verify
 
 __version__ = "0.1.0"
@@ -85,5 +86,6 @@ __all__ = [
     "prune",
     "repair",
     "save",
+    "steps",
     "verify",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import ceil, lcm
 
 import numpy as np
@@ -103,13 +102,13 @@ class Rules:
     min_keep: float
     limits: Mapping[str, float]
     seed: int
-    uniform: bool = False
+    uniform: bool
+    held: Mask
 
 
 def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Candidates:
     """Return all units that may go, scored and ranked (see `choose`)."""
     values = _class_scores(groups, scores)
-    _check_limits(groups, rules.limits)
     tie = np.random.default_rng(rules.seed).random(len(values))
     weights = _Weights(groups, values)
     sources: list[Source] = []
@@ -118,7 +117,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
     limited = 0
     for group in groups:
         for position, family in enumerate(group.families):
-            steps, kept = _ordered(weights, family, tie, alive)
+            steps, kept = _ordered(weights, family, tie, (alive, alive & ~rules.held))
             removable = _removable(group, family, kept, len(steps), rules)
             limited += int(removable < kept)
             chunk = rules.multiple_of if family.kind in ("channels", "head dims") else 1
@@ -165,28 +164,21 @@ def _class_scores(groups: Groups, scores: Scores) -> Floats:
     return values
 
 
-def _check_limits(groups: Groups, limits: Mapping[str, float]) -> None:
-    for pattern, share in limits.items():
-        if not any(fnmatchcase(group.name, pattern) for group in groups):
-            names = ", ".join(group.name for group in groups)
-            raise InputError(f"limit {pattern!r} matches no coupling group; there are: {names}")
-        if not 0 <= share <= 1:
-            raise InputError(
-                f"limit {pattern}={share!r}; give the largest share that may go, 0 to 1"
-            )
-
-
-def _ordered(weights: _Weights, family: Family, tie: Floats, alive: Mask) -> tuple[Ids, int]:
+def _ordered(
+    weights: _Weights, family: Family, tie: Floats, masks: tuple[Mask, Mask]
+) -> tuple[Ids, int]:
     """Return the units that could go, least important first, shape (units, clusters); and how many
-    are left.
+    are left. `masks`: the classes that are alive, and those of them that may go.
     """
+    alive, free = masks
     columns = []
     gone = 0
     for cluster in family.clusters:
-        left = cluster[alive[cluster]]
-        if len(left):  # otherwise the whole row has gone
-            gone = max(gone, len(cluster) - len(left))
-            columns.append(left[np.lexsort((tie[left], weights.of(left)))])
+        left = int(alive[cluster].sum())
+        if left:  # otherwise the whole row has gone
+            gone = max(gone, len(cluster) - left)
+            may = cluster[free[cluster]]
+            columns.append(may[np.lexsort((tie[may], weights.of(may)))])
     if not columns:
         return np.empty((0, 1), np.int64), 0
     length = min(len(column) for column in columns)
@@ -194,8 +186,8 @@ def _ordered(weights: _Weights, family: Family, tie: Floats, alive: Mask) -> tup
 
 
 def _removable(group: CouplingGroup, family: Family, kept: int, free: int, rules: Rules) -> int:
-    shares = [share for pattern, share in rules.limits.items() if fnmatchcase(group.name, pattern)]
-    least = max(1, ceil(family.width * (1 - min([1 - rules.min_keep, *shares])) - 1e-9))
+    most = min(1 - rules.min_keep, rules.limits.get(group.name, 1.0))
+    least = max(1, ceil(family.width * (1 - most) - 1e-9))
     return max(0, min(free, kept - least))
 
 

@@ -19,6 +19,7 @@ from .candidates import Candidates, Rules, candidates
 from .errors import InputError, UnknownName, UnreachableTarget
 from .groups import Groups
 from .labels import Mask
+from .limits import Keep, Limits, kept_classes, limits_of
 from .plan import Plan
 from .planning import alive_of, plan_of
 from .strategies import STRATEGIES
@@ -36,7 +37,8 @@ def choose(
     ranking: str = "isomorphic",
     multiple_of: int = 1,
     min_keep: float = 0.1,
-    limits: Mapping[str, float] | None = None,
+    limits: Limits | None = None,
+    keep: Keep | None = None,
     unreachable: str = "error",
     seed: int = 0,
     start: Plan | None = None,
@@ -57,7 +59,10 @@ def choose(
             every family.
         multiple_of: kept channels come in multiples of this, where a family is at least that wide.
         min_keep: share of each family that always stays (at least one unit).
-        limits: group name or pattern -> largest share of its units that may go.
+        limits: name or pattern of groups, or of modules that make their channels -> largest share
+            of the units that may go (0: none); or a function of a `CouplingGroup` that returns it,
+            or None.
+        keep: module or tensor -> numbers of the channels it makes that stay, or "all".
         unreachable: "error", or "closest" to take what can be reached.
         seed: breaks ties between equal scores.
         start: a plan to go on from; what it removed stays removed.
@@ -76,7 +81,9 @@ def choose(
     _check_options(multiple_of, min_keep)
     before = groups.everything() if start is None else alive_of(groups, start)
     uniform = uniform or strategy == "uniform"
-    rules = Rules(ranking, multiple_of, min_keep, dict(limits or {}), seed, uniform)
+    bounds = limits_of(groups, limits)
+    held = kept_classes(groups, keep)
+    rules = Rules(ranking, multiple_of, min_keep, bounds, seed, uniform, held)
     found = candidates(groups, scores, before, rules)
     found.allowed = allowed = budgets(groups, shares)
     order = np.asarray(_strategy(strategy)(found), np.int64)
@@ -87,11 +94,16 @@ def choose(
     name = strategy if isinstance(strategy, str) else getattr(strategy, "__name__", "own")
     options = {
         "target": shares, "strategy": name, "ranking": ranking, "multiple_of": multiple_of,
-        "min_keep": min_keep, "limits": dict(limits or {}), "seed": seed,
-        "uniform": uniform, **groups.options,
+        "min_keep": min_keep, "limits": bounds if callable(limits) else dict(limits or {}),
+        "seed": seed, "uniform": uniform, "keep": {k: _plain(v) for k, v in (keep or {}).items()},
+        **groups.options,
     }  # fmt: skip
     told = notes(found, allowed, gone)
     return plan_of(groups, alive, options, costs=tuple(shares), notes=told)
+
+
+def _plain(numbers: Any) -> Any:
+    return numbers if isinstance(numbers, str) else [int(number) for number in numbers]
 
 
 def _check_options(multiple_of: int, min_keep: float) -> None:

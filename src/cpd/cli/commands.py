@@ -165,9 +165,13 @@ class Shell:
         input_shape: str | list[int] | None = None,
         weights: str | None = None,
         importance: str = "magnitude",
+        strategy: str = "oneshot",
         ranking: str = "isomorphic",
         multiple_of: int = 1,
         min_keep: float = 0.1,
+        limits: dict[str, float] | None = None,
+        keep: dict[str, Any] | None = None,
+        uniform: bool = False,
         exact: bool = False,
         ignore: list[str] | None = None,
         unreachable: str = "error",
@@ -178,14 +182,18 @@ class Shell:
 
         Args:
             model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
-            target: costs to reach, such as macs=0.5 or macs=0.5,params=0.6.
+            target: costs to reach, such as macs=0.5 or macs=0.5,params=0.6,memory=0.7.
             model_args: arguments for making it, such as --model_args.pretrained true.
             input_shape: shape of an input without the batch axis, such as 3,224,224.
             weights: a safetensors file with its weights.
             importance: a score that needs no data: magnitude or random.
+            strategy: oneshot, greedy, knapsack or uniform.
             ranking: isomorphic, global or uniform.
             multiple_of: widths are cut to multiples of it.
             min_keep: share of each group that stays.
+            limits: largest share that may go of groups or modules, such as '{"layer4.*": 0.3}'.
+            keep: channels of modules that stay, such as '{"conv1": [0, 3]}' or '{"conv1": all}'.
+            uniform: layers that are alike keep the same number; shows the configuration of that.
             exact: also keep what feeds statistics across channels.
             ignore: modules or names whose width stays.
             unreachable: error, or closest.
@@ -193,6 +201,7 @@ class Shell:
             output: folder for the artefact.
         """
         import cpd
+        from cpd import models
 
         source = Source(model, model_args or {})
         network = _made(source, weights, seed)
@@ -201,19 +210,31 @@ class Shell:
             source.inputs(network, input_shape),
             importance=named("importance", importance),
             target=target,
+            strategy=strategy,
             ranking=ranking,
             multiple_of=multiple_of,
             min_keep=min_keep,
+            limits=limits,
+            keep=keep,
+            uniform=uniform,
             exact=exact,
             ignore=ignore or (),
             unreachable=unreachable,
             seed=seed,
         )
         self.console.print(str(plan), markup=False, highlight=False)
+        note: dict[str, Any] = {"model": model, "model_args": model_args or {}}
+        if plan.options["uniform"]:
+            note |= self._configured(models.smaller(network, small, plan, model_args))
         if output is not None:
-            note = {"model": model, "model_args": model_args or {}}
             cpd.save(small, plan, output, extra=note)
             self.console.print(f"saved in {output}")
+
+    def _configured(self, found: Any) -> dict[str, Any]:
+        """Show the configuration that builds a cut network; return what to note of it."""
+        said = f"the same as {found}" if found else "no configuration of its class builds it"
+        self.console.print(said, markup=False, soft_wrap=True)
+        return {"config": found.to_dict()} if found else {}
 
     def compress(self, values: dict[str, Any]) -> None:
         """Run a recipe; ``values`` are the keywords of ``cpd.compress``."""

@@ -70,11 +70,14 @@ class CompressConfig:
         events: pruning events until the target; nothing: as many as ``step`` asks for, or 10.
         step: largest share of a cost to take at one event, in place of ``events``.
         strategy: what goes at an event: "oneshot" (the least important units of each kind),
-            "greedy" (one group after the other, as in the paper), or a callable.
+            "greedy" (one group after the other, as in the paper), "knapsack" (the least importance
+            in all), "uniform" (the same share of each), or a callable.
         ranking: which units compete: "isomorphic", "global" or "uniform".
         multiple_of: widths are cut to multiples of it.
         min_keep: share of each group that stays.
-        limits: for single groups, by name.
+        limits: largest share that may go of single groups, by name or pattern of a group or module.
+        keep: numbers of the channels that stay, or "all", by module.
+        uniform: layers that are alike keep the same number.
         unreachable: "error", or "closest" for the plan nearest to a target out of reach.
         prune: how a step is taken while units are pruned.
         recover: how the cut network is trained.
@@ -110,6 +113,8 @@ class CompressConfig:
     multiple_of: int = 1
     min_keep: float = 0.1
     limits: dict[str, Any] | None = None
+    keep: dict[str, Any] | None = None
+    uniform: bool = False
     unreachable: str = "error"
     prune: LoopOptions = field(default_factory=LoopOptions)
     recover: TrainOptions = field(default_factory=TrainOptions)
@@ -167,8 +172,8 @@ class CompressConfig:
     @property
     def choice(self) -> dict[str, Any]:
         """What every call of ``choose`` gets."""
-        names = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
-        return {name: getattr(self, name) for name in names}
+        bounds = ("multiple_of", "min_keep", "limits", "keep", "uniform", "unreachable")
+        return {name: getattr(self, name) for name in ("strategy", "ranking", *bounds, "seed")}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it; objects by their name."""
