@@ -116,3 +116,24 @@ def _spread(mine: dict[Key, int], relation: Mapping[Key, int]) -> None:
         mine[key] *= times
     for key, entries in relation.items():
         mine.setdefault(key, together // entries)
+
+
+def share_items(clusters: Iterable[Ids]) -> bool:
+    """Say whether an item is in two clusters, or twice in one."""
+    flat = np.concatenate(list(clusters))
+    return len(np.unique(flat)) < len(flat)
+
+
+def equal_rows(
+    rows: Ids, blocks: Ids, block_of: dict[bytes, int], edges: list[tuple[int, int]]
+) -> None:
+    """Add an edge between the blocks of rows of the same items, and of a row of one item and it."""
+    first = np.ones(rows.shape, bool)
+    first[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    for row, new, block in zip(rows, first, blocks.tolist(), strict=True):
+        items = row[new]  # how often an item is there makes no other row
+        if len(items) == 1 and int(items[0]) != block:
+            edges.append((int(items[0]), block))
+        found = block_of.setdefault(items.tobytes(), block)
+        if found != block:
+            edges.append((found, block))

@@ -7,6 +7,7 @@ is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def matched(
     rigid: list[Size] = []
     places: dict[Place, list[Size]] = {}
     graph = forward.graphs["eval"]
+    training = _training(forward)
     for number, step in _aligned(graph, steps):
         for size in step.sizes:
             place = _place("eval", number, step, size)
@@ -38,13 +40,31 @@ def matched(
                 continue
             if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
                 _infer(graph[number], place)
+                _infer(forward.graphs["train"][_number(training, number)], place)
                 continue
             if held != size.old:
                 rigid.append(size)
                 continue
             places.setdefault(place, []).append(size)
-    result = {place: tuple(sizes) for place, sizes in places.items()}
-    return {**result, **_in_training(forward, result)}, rigid
+    for place, sizes in list(places.items()):
+        number = _number(training, place[1])
+        if _held(forward.graphs["train"][number], place) != sizes[0].old:
+            raise Uncapturable("its forward in training is another one")
+        places["train", number, place[2], place[3]] = sizes
+    return {place: tuple(sizes) for place, sizes in places.items()}, rigid
+
+
+def _training(forward: Forward) -> dict[int, int]:
+    """Return which call in evaluation is which in training."""
+    evaluation, training = ([x["op"] for x in forward.graphs[mode]] for mode in ("eval", "train"))
+    runs = SequenceMatcher(None, evaluation, training, autojunk=False).get_matching_blocks()
+    return {run.a + k: run.b + k for run in runs for k in range(run.size)}
+
+
+def _number(training: Mapping[int, int], number: int) -> int:
+    if number not in training:
+        raise Uncapturable("its forward in training is another one")
+    return training[number]
 
 
 def _aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
@@ -109,34 +129,6 @@ def _infer(node: Data, place: Place) -> None:
     sizes[entry] = -1
 
 
-def _in_training(
-    forward: Forward, places: Mapping[Place, tuple[Size, ...]]
-) -> dict[Place, tuple[Size, ...]]:
-    """Find the same literals in the calls of training."""
-    evaluation, training = forward.graphs["eval"], forward.graphs["train"]
-    result: dict[Place, tuple[Size, ...]] = {}
-    at = 0
-    for number in sorted({place[1] for place in places}):
-        mine = {place: sizes for place, sizes in places.items() if place[1] == number}
-        while at < len(training) and not _same(evaluation[number], training[at], mine):
-            at += 1
-        if at == len(training):
-            raise Uncapturable("its forward in training is another one")
-        for (_, _, argument, entry), sizes in mine.items():
-            result["train", at, argument, entry] = sizes
-        at += 1
-    return result
-
-
-def _same(a: Data, b: Data, places: Mapping[Place, tuple[Size, ...]]) -> bool:
-    if a["op"] != b["op"]:
-        return False
-    try:
-        return all(_held(b, place) == sizes[0].old for place, sizes in places.items())
-    except Uncapturable:
-        return False
-
-
 def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:
     """Return the attentions that divide by the root of the head size that they find."""
     found: dict[Place, tuple[Labels, int]] = {}
@@ -146,12 +138,7 @@ def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, 
         if not isinstance(query, Labels) or "attention" not in str(step.node.target) or not default:
             continue
         found["eval", number, "scale", None] = (query, len(query.shape) - 1)
-    ops = [node["op"] for node in forward.graphs["train"]]
+    training = _training(forward)
     for (_, number, _, _), value in list(found.items()):
-        name = forward.graphs["eval"][number]["op"]
-        nth = [n["op"] for n in forward.graphs["eval"][:number]].count(name)
-        at = [k for k, op in enumerate(ops) if op == name]
-        if nth >= len(at):
-            raise Uncapturable("its forward in training is another one")
-        found["train", at[nth], "scale", None] = value
+        found["train", _number(training, number), "scale", None] = value
     return found

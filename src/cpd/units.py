@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .channels import Channels, Fold, Ids, Reason, components
-from .clusters import columns_of, in_step, relate
+from .clusters import columns_of, equal_rows, in_step, relate, share_items
 
 KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups", "group channels")}
 
@@ -159,7 +159,7 @@ class _Solver:
                 if bound.columns is not None:
                     sides.append((bound.items.T, bound.columns))
                 for items, blocks in sides:
-                    _equal_rows(np.sort(items, axis=1), blocks, block_of, edges)
+                    equal_rows(np.sort(items, axis=1), blocks, block_of, edges)
             if not edges:
                 return
             pairs = np.array(edges, dtype=np.int64)
@@ -357,7 +357,7 @@ class _Solver:
             columns = np.concatenate([columns for _, columns in tied])
             if id(bound) not in mine and np.isin(columns, bound.items).any():
                 return None, taken  # these columns are the units of another fold
-        if _share(clusters.values()):
+        if share_items(clusters.values()):
             return None, taken
         parts = in_step(clusters, known)
         if parts is None:
@@ -394,22 +394,3 @@ def _kind(op: str) -> str:
 def _fill(places: Ids, classes: Ids, reason: int) -> None:
     """Set what is not set yet."""
     places[classes[places[classes] < 0]] = reason
-
-
-def _share(clusters: Iterable[Ids]) -> bool:
-    flat = np.concatenate(list(clusters))
-    return len(np.unique(flat)) < len(flat)
-
-
-def _equal_rows(
-    rows: Ids, blocks: Ids, block_of: dict[bytes, int], edges: list[tuple[int, int]]
-) -> None:
-    first = np.ones(rows.shape, bool)
-    first[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    for row, new, block in zip(rows, first, blocks.tolist(), strict=True):
-        items = row[new]  # how often an item is there makes no other row
-        if len(items) == 1 and int(items[0]) != block:
-            edges.append((int(items[0]), block))
-        found = block_of.setdefault(items.tobytes(), block)
-        if found != block:
-            edges.append((found, block))
