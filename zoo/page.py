@@ -7,7 +7,9 @@ import io
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .network import Network
@@ -55,6 +57,10 @@ def rows(output: Path) -> list[tuple[Network, Row | None, Row | None]]:
         (network, read(output, "prune", name), read(output, "onnx", name))
         for name, network in registry().items()
     ]
+
+
+EDGES = (1, 100, 200, 400, 800, 1600, 3200, 6400)
+SLOW = 5
 
 
 def write(output: Path, docs: Path = DOCS) -> list[Path]:
@@ -141,6 +147,7 @@ def page(found: list[tuple[Network, Row | None, Row | None]]) -> str:
     by_library = {name: [x for x in found if x[0].library == name] for name in libraries}
     lines = [INTRO, "", f"Versions: {_versions(libraries)}.", *_stale(found), ""]
     lines += _summary(by_library)
+    lines += ["", "## Speed", "", *_speed(found)]
     lines += ["", "## What is not reached", "", *_not_reached(found)]
     for name, part in by_library.items():
         lines += ["", f"## {name}", "", *_section(part)]
@@ -217,6 +224,32 @@ def _ended(row: Row) -> str:
         stages = [mode["stage"] for mode in row.get("modes", {}).values()] or [row.get("stage", "")]
         return f"over {row['ended']['seconds']:g} s, in {', '.join(stages)}"
     return f"the process ended with {row['ended']['code']}"
+
+
+def _speed(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
+    """Return a table of nodes against processor seconds of comb, choose and cut, without trace."""
+    measured = []
+    for network, row, _ in found:
+        mode = (row or {}).get("modes", {}).get("kept", {})
+        seconds = [mode.get("seconds", {}).get(key) for key in ("comb", "choose", "cut")]
+        if mode.get("nodes") and None not in seconds:
+            measured.append((mode["nodes"], sum(seconds), network.name))
+    lines = [
+        "Processor seconds of comb, choose and cut, the trace aside; other work was on the machine.",
+        "",
+        "| nodes | networks | median | most | median per 1000 nodes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for low, high in pairwise(EDGES):
+        part = [(n, t) for n, t, _ in measured if low <= n < high]
+        if part:
+            times = [t for _, t in part]
+            per = median(1000 * t / n for n, t in part)
+            numbers = f"{len(part)} | {median(times):.2f} | {max(times):.2f} | {per:.2f}"
+            lines.append(f"| {low} to {high - 1} | {numbers} |")
+    slow = sorted(((t, name) for _, t, name in measured if t > SLOW), reverse=True)
+    named = ", ".join(f"{name} {t:.1f}" for t, name in slow) or "none"
+    return [*lines, "", f"Over {SLOW} s: {named}."]
 
 
 def _not_reached(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
