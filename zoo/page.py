@@ -235,7 +235,7 @@ def _speed(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
         if mode.get("nodes") and None not in seconds:
             measured.append((mode["nodes"], sum(seconds), network.name))
     lines = [
-        "Processor seconds of comb, choose and cut, the trace aside; other work was on the machine.",
+        "Processor seconds of comb, choose and cut, without the trace; other jobs ran beside them.",
         "",
         "| nodes | networks | median | most | median per 1000 nodes |",
         "|---|---:|---:|---:|---:|",
