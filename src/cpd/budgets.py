@@ -17,9 +17,11 @@ from .errors import InputError, UnknownName
 from .groups import Groups
 from .labels import Mask
 from .liveness import Peak
+from .table import Table
 from .terms import Tally
 
-COSTS = ("macs", "params", "memory")
+COSTS = ("macs", "params", "memory", "latency", "latency_ms")
+TIMES = COSTS[3:]
 NEAR = 0.005  # a budget that is met this closely from below needs no explanation
 
 
@@ -47,6 +49,8 @@ def parse_target(
         if name in shares:
             raise InputError(f"target names {name} twice: {target!r}; give each cost one share")
         shares[name] = _share_left(name, value)
+    if shares.keys() >= set(TIMES):
+        raise InputError("target names latency and latency_ms; give one of them")
     if not shares:
         raise InputError('target is empty; give a string like "macs=0.5"')
     return shares
@@ -57,6 +61,8 @@ def _share_left(name: str, value: Any) -> float:
         share = float(value)
     except (TypeError, ValueError) as error:
         raise InputError(f'target {name}={value!r} is not a number; write "{name}=0.5"') from error
+    if name == "latency_ms" and 0 < share < float("inf"):
+        return share
     if not 0 < share <= 1:
         raise InputError(
             f"target {name}={share:g}: give the share that is to be left, over 0 and at most 1 "
@@ -65,11 +71,17 @@ def _share_left(name: str, value: Any) -> float:
     return share
 
 
-def budgets(groups: Groups, shares: Mapping[str, float]) -> tuple[Budget, ...]:
-    """Return the budgets of a target."""
+def budgets(
+    groups: Groups, shares: Mapping[str, float], table: Table | None = None
+) -> tuple[Budget, ...]:
+    """Return the budgets of a target; those of time need a table."""
     everything = groups.everything()
     found = []
     for name, share in shares.items():
+        if table is not None and name in TIMES:
+            limit = share if name == "latency_ms" else share * table.whole
+            found.append(Budget(name, table, limit, table.whole))
+            continue
         whole = groups.cost(name, everything)
         found.append(Budget(name, groups.counted(name), share * whole, whole))
     return tuple(found)
@@ -201,6 +213,8 @@ def notes(found: Candidates, limits: Sequence[Budget], gone: Sequence[int]) -> t
     tight = max(used, key=lambda name: used[name], default="")
     lines = []
     for budget in limits:
+        if budget.name in TIMES:
+            continue  # what counts there is what is measured
         free = 1 - used[budget.name]
         why = ""
         if free < 0:

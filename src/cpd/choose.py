@@ -14,15 +14,18 @@ import numpy as np
 import torch
 
 from ._shelf import one
-from .budgets import COSTS, budgets, notes, parse_target, shortest
+from .budgets import COSTS, TIMES, budgets, notes, parse_target, shortest
 from .candidates import Candidates, Rules, candidates
 from .errors import InputError, UnknownName, UnreachableTarget
 from .groups import Groups
 from .labels import Mask
 from .limits import Keep, Limits, kept_classes, limits_of
+from .measure import measurer
 from .plan import Plan
 from .planning import alive_of, plan_of
 from .strategies import STRATEGIES
+from .table import Table, alignment
+from .timing import Timed, timed
 
 Strategy = Callable[[Candidates], Sequence[int]]
 RANKINGS = ("isomorphic", "global", "uniform")
@@ -35,7 +38,7 @@ def choose(
     *,
     strategy: str | Mapping[str, Any] | Strategy = "oneshot",
     ranking: str = "isomorphic",
-    multiple_of: int = 1,
+    multiple_of: int | str = 1,
     min_keep: float = 0.1,
     limits: Limits | None = None,
     keep: Keep | None = None,
@@ -43,13 +46,15 @@ def choose(
     seed: int = 0,
     start: Plan | None = None,
     uniform: bool = False,
+    measure: Any = "onnx",
 ) -> Plan:
     """Choose what to remove.
 
     Args:
         groups: from `comb`.
         scores: group name -> importance of its channels, shape (group.size,); small goes first.
-        target: share of a cost that is to be left, "macs=0.5"; several must all hold.
+        target: share of a cost that is to be left, "macs=0.5"; several must all hold. Costs: macs,
+            params, memory, latency; latency_ms is in milliseconds.
         strategy: "oneshot" (least important first), "greedy" (the paper's: each event cuts the one
             group whose least important channels sum up to least), "knapsack" (an integer programme
             that loses the least importance), "uniform" (the same share of every family, in step),
@@ -57,7 +62,8 @@ def choose(
         ranking: "isomorphic" ranks units among structurally identical groups and takes the same
             share of each kind; "global" compares raw scores; "uniform" takes the same share of
             every family.
-        multiple_of: kept channels come in multiples of this, where a family is at least that wide.
+        multiple_of: kept channels come in multiples of this, where a family is at least that wide;
+            "auto" measures which multiple pays.
         min_keep: share of each family that always stays (at least one unit).
         limits: name or pattern of groups, or of modules that make their channels -> largest share
             of the units that may go (0: none); or a function of a `CouplingGroup` that returns it,
@@ -68,6 +74,8 @@ def choose(
         start: a plan to go on from; what it removed stays removed.
         uniform: layers that are alike in structure and width keep the same number, so that a
             smaller configuration of the same class can describe the result.
+        measure: what measures latency: "onnx", "eager", one of them with options, or a function
+            (module, inputs) -> milliseconds (see `cpd.measure`).
 
     Raises:
         UnreachableTarget: with the closest reachable costs and what blocks more.
@@ -79,15 +87,19 @@ def choose(
     if ranking not in RANKINGS:
         raise UnknownName("ranking", ranking, RANKINGS)
     _check_options(multiple_of, min_keep)
+    clock = measurer(measure) if multiple_of == "auto" or set(shares) & set(TIMES) else None
+    if clock is not None and multiple_of == "auto":
+        multiple_of = alignment(groups, clock)
+        clock.save()
+    table = Table(groups, clock) if clock is not None and set(shares) & set(TIMES) else None
     before = groups.everything() if start is None else alive_of(groups, start)
     uniform = uniform or strategy == "uniform"
     bounds = limits_of(groups, limits)
     held = kept_classes(groups, keep)
-    rules = Rules(ranking, multiple_of, min_keep, bounds, seed, uniform, held)
+    rules = Rules(ranking, int(multiple_of), min_keep, bounds, seed, uniform, held)
     found = candidates(groups, scores, before, rules)
-    found.allowed = allowed = budgets(groups, shares)
-    order = np.asarray(_strategy(strategy)(found), np.int64)
-    gone, met = shortest(found, allowed, order)
+    found.allowed = budgets(groups, shares, table)
+    gone, met, taken = _chosen(found, _strategy(strategy), table)
     alive = found.without(gone)
     if not met and unreachable == "error":
         raise _unreachable(groups, found, alive, shares)
@@ -98,16 +110,32 @@ def choose(
         "seed": seed, "uniform": uniform, "keep": {k: _plain(v) for k, v in (keep or {}).items()},
         **groups.options,
     }  # fmt: skip
-    told = notes(found, allowed, gone)
-    return plan_of(groups, alive, options, costs=tuple(shares), notes=told)
+    told = [*notes(found, found.allowed, gone), *([] if taken is None else [str(taken)])]
+    times = {"latency_ms": (table.whole, taken.real)} if table and taken else {}
+    counted = [name for name in shares if name not in TIMES]
+    return plan_of(groups, alive, options, costs=counted, measured=times, notes=told)
+
+
+def _chosen(
+    found: Candidates, ordered: Strategy, table: Table | None
+) -> tuple[list[int], bool, Timed | None]:
+    """Return what goes, whether the target is met, and the latency where the target names it."""
+    if table is not None:
+        taken = timed(found, table, ordered)
+        return taken.gone, taken.met, taken
+    order = np.asarray(ordered(found), np.int64)
+    return *shortest(found, found.allowed, order), None
 
 
 def _plain(numbers: Any) -> Any:
     return numbers if isinstance(numbers, str) else [int(number) for number in numbers]
 
 
-def _check_options(multiple_of: int, min_keep: float) -> None:
-    if int(multiple_of) != multiple_of or multiple_of < 1:
+def _check_options(multiple_of: int | str, min_keep: float) -> None:
+    if isinstance(multiple_of, str):
+        if multiple_of != "auto":
+            raise InputError(f'multiple_of is {multiple_of!r}; give a whole number, or "auto"')
+    elif int(multiple_of) != multiple_of or multiple_of < 1:
         raise InputError(f"multiple_of is {multiple_of!r}; give a whole number of at least 1")
     if not 0 <= min_keep <= 1:
         raise InputError(f"min_keep is {min_keep!r}; give a share between 0 and 1")
@@ -125,8 +153,11 @@ def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
 def _unreachable(
     groups: Groups, found: Candidates, alive: Mask, shares: Mapping[str, float]
 ) -> UnreachableTarget:
-    everything = groups.everything()
-    closest = {n: groups.cost(n, alive) / max(groups.cost(n, everything), 1) for n in shares}
+    of_ids = alive[groups.units.label]
+    closest = {
+        x.name: x.cost.count(of_ids) / (1 if x.name == "latency_ms" else max(x.whole, 1e-12))
+        for x in found.allowed
+    }
     blockers = []
     if found.limited:
         blockers.append(

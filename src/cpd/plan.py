@@ -64,7 +64,8 @@ class Plan:
     `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
     `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was
     made for. `forwards`: module path -> what it computes, where its own code cannot follow.
-    `costs`: name -> (before, after), exact. `notes`: how far below its budgets it is, and why.
+    `costs`: name -> (before, after), exact where counted. `notes`: how far below its budgets it is,
+    and why.
     """
 
     model: str
@@ -74,7 +75,7 @@ class Plan:
     attributes: dict[str, dict[str, Any]]
     rescale: dict[str, tuple[tuple[int, ...], float]]
     widths: tuple[Width, ...]
-    costs: dict[str, tuple[int, int]]
+    costs: dict[str, tuple[float, float]]
     options: dict[str, Any]
     inputs: dict[str, Any]
     forwards: dict[str, Forward] = field(default_factory=dict)
@@ -323,6 +324,10 @@ def _numbers(runs: str, limit: int) -> np.ndarray:
     return np.flatnonzero(mask)
 
 
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, float) else int(value)
+
+
 def _from_dict(data: Mapping[str, Any]) -> Plan:
     if data["format"] not in (1, FORMAT):
         raise ValueError(f"format {data['format']}")
@@ -339,7 +344,7 @@ def _from_dict(data: Mapping[str, Any]) -> Plan:
             for name, entry in data["rescale"].items()
         },
         widths=tuple(Width(str(g), str(f), int(b), int(a)) for g, f, b, a in data["widths"]),
-        costs={key: (int(before), int(after)) for key, (before, after) in data["costs"].items()},
+        costs={key: (_number(a), _number(b)) for key, (a, b) in data["costs"].items()},
         options=data["options"],
         inputs=data["inputs"],
         forwards={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from .groups import Groups
-from .labels import Mask, axis_size
+from .labels import Mask, axis_size, new_shape
 from .plan import Plan, Width, parts_of
 from .sizes import attribute_values
-from .trace import location
+from .surgery import rebuild
+from .trace import location, named_tensors
 
 
 def plan_of(
@@ -22,11 +23,13 @@ def plan_of(
     options: dict[str, Any],
     *,
     costs: Sequence[str] = (),
+    measured: Mapping[str, tuple[float, float]] | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Return the plan that keeps the classes in `alive`.
 
-    `costs`: those to predict besides MACs and parameters; `notes`: what is to be said about it.
+    `costs`: those to predict besides MACs and parameters; `measured`: others, before and after;
+    `notes`: what is to be said about it.
     """
     of_ids = alive[groups.units.label]
     kept = {}
@@ -52,7 +55,8 @@ def plan_of(
         costs={
             name: (groups.cost(name, everything), groups.cost(name, alive))
             for name in dict.fromkeys((*groups.costs, *costs))
-        },
+        }
+        | dict(measured or {}),
         notes=tuple(notes),
         options=options,
         inputs=describe(groups.trace.args, groups.trace.kwargs),
@@ -90,6 +94,21 @@ def _rescale(groups: Groups, of_ids: Mask) -> dict[str, tuple[tuple[int, ...], f
             for name, rows in pin.rows.items():
                 result[name] = (tuple(rows.tolist()), (new / old) ** 0.5)
     return result
+
+
+def shaped(groups: Groups, alive: Mask) -> nn.Module:
+    """Return a network of the shapes that are left, with the first of all weights: it can be timed,
+    and computes nothing of use.
+    """
+    of_ids = alive[groups.units.label]
+    tensors = {}
+    for name, tensor in named_tensors(groups.model):
+        labels = groups.labels[groups.trace.aliases[name]]
+        shape = new_shape(labels, of_ids) if labels.layers else tuple(tensor.shape)
+        if shape != tuple(tensor.shape):
+            tensors[name] = tensor.detach()[tuple(slice(0, size) for size in shape)].clone()
+    values = attribute_values(groups.model, groups.sites, of_ids)
+    return rebuild(groups.model, tensors, values, groups.replaced.at(of_ids)).eval()
 
 
 def _widths(groups: Groups, alive: Mask) -> tuple[Width, ...]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from cpd.plan import Plan
+
 __all__ = ["COMMANDS", "Shell"]
 
 
@@ -167,7 +169,8 @@ class Shell:
         importance: str = "magnitude",
         strategy: str = "oneshot",
         ranking: str = "isomorphic",
-        multiple_of: int = 1,
+        multiple_of: int | str = 1,
+        measure: str | dict[str, Any] = "onnx",
         min_keep: float = 0.1,
         limits: dict[str, float] | None = None,
         keep: dict[str, Any] | None = None,
@@ -189,7 +192,9 @@ class Shell:
             importance: a score that needs no data: magnitude or random.
             strategy: oneshot, greedy, knapsack or uniform.
             ranking: isomorphic, global or uniform.
-            multiple_of: widths are cut to multiples of it.
+            multiple_of: widths are cut to multiples of it; auto measures which pays.
+            measure: what measures latency, for targets of latency (a share) or latency_ms: onnx,
+                eager, or one of them with options.
             min_keep: share of each group that stays.
             limits: largest share that may go of groups or modules, such as '{"layer4.*": 0.3}'.
             keep: channels of modules that stay, such as '{"conv1": [0, 3]}' or '{"conv1": all}'.
@@ -201,7 +206,6 @@ class Shell:
             output: folder for the artefact.
         """
         import cpd
-        from cpd import models
 
         source = Source(model, model_args or {})
         network = _made(source, weights, seed)
@@ -213,6 +217,7 @@ class Shell:
             strategy=strategy,
             ranking=ranking,
             multiple_of=multiple_of,
+            measure=named("measure", measure),
             min_keep=min_keep,
             limits=limits,
             keep=keep,
@@ -224,14 +229,20 @@ class Shell:
         )
         self.console.print(str(plan), markup=False, highlight=False)
         note: dict[str, Any] = {"model": model, "model_args": model_args or {}}
-        if plan.options["uniform"]:
-            note |= self._configured(models.smaller(network, small, plan, model_args))
+        note |= self._configured(network, small, plan, model_args)
         if output is not None:
             cpd.save(small, plan, output, extra=note)
             self.console.print(f"saved in {output}")
 
-    def _configured(self, found: Any) -> dict[str, Any]:
-        """Show the configuration that builds a cut network; return what to note of it."""
+    def _configured(
+        self, network: nn.Module, small: nn.Module, plan: Plan, args: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Of a uniform plan, show the configuration that builds the result; return what to note."""
+        from cpd import models
+
+        if not plan.options["uniform"]:
+            return {}
+        found = models.smaller(network, small, plan, args)
         said = f"the same as {found}" if found else "no configuration of its class builds it"
         self.console.print(said, markup=False, soft_wrap=True)
         return {"config": found.to_dict()} if found else {}

@@ -73,7 +73,9 @@ class CompressConfig:
             "greedy" (one group after the other, as in the paper), "knapsack" (the least importance
             in all), "uniform" (the same share of each), or a callable.
         ranking: which units compete: "isomorphic", "global" or "uniform".
-        multiple_of: widths are cut to multiples of it.
+        multiple_of: widths are cut to multiples of it; "auto" measures which pays.
+        measure: what measures latency where the target names it: "onnx", "eager", one of these with
+            options, or a callable (module, inputs) -> milliseconds.
         min_keep: share of each group that stays.
         limits: largest share that may go of single groups, by name or pattern of a group or module.
         keep: numbers of the channels that stay, or "all", by module.
@@ -110,7 +112,8 @@ class CompressConfig:
     step: float | None = None
     strategy: Any = "oneshot"
     ranking: str = "isomorphic"
-    multiple_of: int = 1
+    multiple_of: Any = 1
+    measure: Any = "onnx"
     min_keep: float = 0.1
     limits: dict[str, Any] | None = None
     keep: dict[str, Any] | None = None
@@ -172,7 +175,7 @@ class CompressConfig:
     @property
     def choice(self) -> dict[str, Any]:
         """What every call of ``choose`` gets."""
-        bounds = ("multiple_of", "min_keep", "limits", "keep", "uniform", "unreachable")
+        bounds = ("multiple_of", "measure", "min_keep", "limits", "keep", "uniform", "unreachable")
         return {name: getattr(self, name) for name in ("strategy", "ranking", *bounds, "seed")}
 
     def to_dict(self) -> dict[str, Any]:

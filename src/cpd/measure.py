@@ -1,0 +1,168 @@
+"""Measurers: how long a module takes on this machine, in milliseconds; kept on disk.
+
+A measurer is a function (module, inputs) -> milliseconds. The ones here take medians, in PyTorch
+("eager", on the CPU or a GPU) and in ONNX Runtime on the CPU ("onnx"); a function of one's own may
+send the module to a farm of devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._shelf import check_options, one
+from .costs import latency
+from .errors import InputError, UnknownName
+from .files import write_text
+
+Measure = Callable[[nn.Module, tuple[torch.Tensor, ...]], float]
+NAMES = ("eager", "onnx")
+OPTIONS = ("cache", "device", "runs", "threads", "warmup")
+
+
+class Measurer:
+    """A measurer with a memory: what was measured once, on the same machine, is not again.
+
+    `fingerprint` names what measures; results of others in the same file are left alone. `fused`:
+    only products are measured one by one, what stands between them is fused into them.
+    """
+
+    def __init__(
+        self, measure: Measure, fingerprint: str, *, cache: Path | None, fused: bool = False
+    ) -> None:
+        self.measure, self.fingerprint, self.cache, self.fused = measure, fingerprint, cache, fused
+        self.known: dict[str, float] = _read(cache).get(fingerprint, {}) if cache else {}
+        self.fresh = 0
+
+    def __call__(self, key: str, make: Callable[[], tuple[nn.Module, Any]]) -> float:
+        """Return the milliseconds of what `key` describes and `make` makes."""
+        if key not in self.known:
+            module, inputs = make()
+            self.known[key] = self.now(module, inputs)
+            self.fresh += 1
+        return self.known[key]
+
+    def now(self, module: nn.Module, inputs: Any) -> float:
+        """Measure, whatever is known. Raises `InputError` for what is no time."""
+        taken = float(self.measure(module, inputs))
+        if not 0 <= taken < float("inf"):
+            raise InputError(f"the measurer gave {taken!r}; milliseconds of at least 0 are wanted")
+        return taken
+
+    def save(self) -> None:
+        """Write what is new to the file, beside what others have written since."""
+        if self.cache is not None and self.fresh:
+            held = _read(self.cache)
+            held[self.fingerprint] = {**held.get(self.fingerprint, {}), **self.known}
+            write_text(self.cache, json.dumps(held, indent=1, sort_keys=True))
+            self.fresh = 0
+
+
+def measurer(spec: Any) -> Measurer:
+    """Return the measurer of "eager", "onnx", one of these with options, or a function.
+
+    Options: `runs` and `warmup`, `threads`, `device` ("eager" only), `cache` (a file; None for
+    none). A function is kept on disk only where it has a `fingerprint`, a text, of its own, and
+    then in the file `cache` of it, if it has one.
+    """
+    if isinstance(spec, Measurer):
+        return spec
+    if callable(spec):
+        mark, cache = getattr(spec, "fingerprint", None), getattr(spec, "cache", None)
+        kept = Path(cache) if cache and mark else None
+        return Measurer(spec, str(mark or "own"), cache=kept)
+    name, options = one("measurer", spec)
+    if name not in NAMES:
+        raise UnknownName("measurer", name, NAMES)
+    check_options("measurer", name, options, OPTIONS)
+    cache = options.pop("cache", _default())
+    runs, warmup = int(options.get("runs", 30)), int(options.get("warmup", 5))
+    threads, device = options.get("threads"), str(options.get("device", "cpu"))
+    made, mark = (
+        (_eager(runs, warmup, threads, device), _torch_mark(device))
+        if name == "eager"
+        else (_onnx(runs, warmup, threads), latency.device())
+    )
+    mark = f"{name}: {mark}, {threads or 'all'} threads, median of {runs}"
+    return Measurer(made, mark, cache=Path(cache) if cache else None, fused=name == "onnx")
+
+
+def _default() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "cpd" / "latency.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """What a file holds; nothing where there is none, or it is damaged: all is measured again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"cannot read {path}: {error}; latencies are measured anew", stacklevel=3)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _torch_mark(device: str) -> str:
+    where = latency.machine() if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{where}, torch {torch.__version__}"
+
+
+def _eager(runs: int, warmup: int, threads: int | None, device: str) -> Measure:
+    def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        module = module.to(device).eval()
+        args, kwargs = _split(torch.utils._pytree.tree_map(lambda x: _to(x, device), inputs))
+
+        def once() -> float:
+            start = time.perf_counter()
+            module(*args, **kwargs)
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - start
+
+        try:
+            with torch.inference_mode():
+                taken = [once() for _ in range(warmup + runs)]
+        finally:
+            torch.set_num_threads(before)
+        return 1e3 * statistics.median(taken[warmup:])
+
+    return measure
+
+
+def _to(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
+
+
+def _onnx(runs: int, warmup: int, threads: int | None) -> Measure:
+    def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+        args, kwargs = _split(inputs)
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs))
+        batch = next((x.shape[0] for x in tensors if isinstance(x, torch.Tensor) and x.ndim), 1)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's, about its own inside
+            path = Path(folder) / "measured.onnx"
+            program = torch.export.export(module.eval(), args, kwargs, strict=False)
+            torch.onnx.export(program, dynamo=True, verbose=False).save(str(path))  # type: ignore[union-attr]
+            return latency.onnx(
+                path, runs=runs, warmup=warmup, batch=int(batch), threads=threads
+            ).median_ms
+
+    return measure

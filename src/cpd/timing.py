@@ -1,0 +1,81 @@
+"""Timing: a latency budget, held to what the cut network really takes.
+
+The table predicts; what it predicts wrongly is found by measuring the cut network end to end, and
+the predicted limit is moved by the ratio until the real one is met within `WITHIN`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .budgets import shortest
+from .candidates import Candidates
+from .planning import shaped
+from .table import Table, whole_inputs
+
+WITHIN = 0.03
+ROUNDS = 8
+NAMES = ("latency", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was chosen: the candidates that go, what the cut network takes, and what was asked."""
+
+    gone: list[int]
+    met: bool
+    real: float
+    target: float
+    rounds: int
+
+    @property
+    def ratio(self) -> float:
+        """What it takes over what was asked."""
+        return self.real / self.target
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """Smaller is better: near the target, below it, nearest."""
+        return abs(self.ratio - 1) > WITHIN, self.ratio > 1, abs(self.ratio - 1)
+
+    def __str__(self) -> str:
+        word = "above" if self.ratio > 1 else "below"
+        times = "1 time" if self.rounds == 1 else f"{self.rounds} times"
+        return (
+            f"latency: {self.real:.4g} ms measured, {abs(self.ratio - 1):.2%} {word} its budget of "
+            f"{self.target:.4g} ms; measured end to end {times}"
+        )
+
+
+def timed(found: Candidates, table: Table, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:
+    """Choose, measure, correct the limit, and choose again, until the real latency is near.
+
+    `found.allowed` is left with the corrected limit.
+    """
+    place = next(k for k, budget in enumerate(found.allowed) if budget.name in NAMES)
+    target = limit = found.allowed[place].limit
+    best: Timed | None = None
+    seen: set[bytes] = set()
+    for number in range(1, ROUNDS + 1):
+        allowed = list(found.allowed)
+        allowed[place] = replace(allowed[place], limit=limit)
+        found.allowed = tuple(allowed)
+        gone, met = shortest(found, found.allowed, np.asarray(ordered(found), np.int64))
+        alive = found.without(gone)
+        if alive.tobytes() in seen:
+            break
+        seen.add(alive.tobytes())
+        small = shaped(found.groups, alive)
+        real = table.measure.now(small, whole_inputs(found.groups))
+        now = Timed(gone, met, real, target, number)
+        best = now if best is None or now.rank < best.rank else best
+        if not met or 1 - WITHIN <= now.ratio <= 1:
+            break
+        aim = 1 - WITHIN / 3 if now.ratio > 1 else 1.0  # a little below, where it was above
+        limit *= float(np.clip(aim * target / max(real, 1e-9), 0.5, 2.0))
+    assert best is not None
+    table.measure.save()
+    return replace(best, rounds=len(seen))

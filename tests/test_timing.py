@@ -1,0 +1,201 @@
+"""Latency as a budget, with clocks that are functions: no verdict hangs on a real one."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import cpd
+from cpd.errors import InputError, UnknownName
+from cpd.measure import Measurer, measurer
+from cpd.planning import alive_of
+from cpd.table import OneCall, Table, alignment, ladder
+from laws import random_scores
+
+X = torch.randn(1, 3, 32, 32)
+
+
+def stairs(width: int) -> Any:
+    """A clock that counts blocks of `width` rows and columns of every weight; a network takes more
+    than its calls do: 0.2 ms for each of its weights that no narrowing makes less.
+    """
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        weights = [p for p in module.parameters() if p.ndim > 1]
+        blocks = [ceil(p.shape[0] / width) * ceil(p.shape[1] / width) for p in weights]
+        more = 0.0 if isinstance(module, OneCall) else 0.2 * len(weights)
+        return width * width * sum(blocks) / 1000 + more
+
+    return clock
+
+
+def net() -> nn.Module:
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 96, 3, padding=1), nn.ReLU(),
+              nn.Conv2d(96, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+              nn.Linear(64, 10)]  # fmt: skip
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("target", ["latency=0.5", "latency_ms=7", "latency=0.7,params=0.4"])
+@pytest.mark.parametrize("strategy", ["oneshot", "knapsack"])
+def test_what_the_cut_network_takes_is_near_the_target(target: str, strategy: str) -> None:
+    """Though calls alone, and lines between rungs, tell something else."""
+    model, clock = net(), stairs(4)
+    groups = cpd.comb(model, X)
+    whole = clock(model, X)
+    plan = cpd.choose(groups, random_scores(groups, 0), target, strategy=strategy, measure=clock)
+    real = clock(cpd.cut(model, plan), X)
+    assert plan.costs["latency_ms"] == (whole, real)
+    asked = plan.options["target"]
+    limit = asked.get("latency_ms", asked.get("latency", 1) * whole)
+    if "params" in asked:  # which decides here
+        assert plan.costs["params"][1] <= 0.4 * plan.costs["params"][0]
+        assert real <= 1.03 * limit
+    else:
+        assert 0.97 * limit <= real <= 1.03 * limit
+    (note,) = [note for note in plan.notes if note.startswith("latency")]
+    assert f"{real:.4g} ms measured" in note
+    again = cpd.Plan.from_json(plan.to_json())
+    assert again.costs == plan.costs
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_real_networks(name: str) -> None:
+    if name == "vit":
+        model: nn.Module = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10
+        )
+    else:
+        model = torchvision.models.resnet18(weights=None, num_classes=10)
+    groups, clock = cpd.comb(model.eval(), X), stairs(8)
+    plan = cpd.choose(groups, random_scores(groups, 0), "latency=0.6", measure=clock)
+    small = cpd.cut(model, plan)
+    ratio = clock(small, X) / clock(model, X)
+    assert 0.58 <= ratio <= 0.62
+
+
+def test_every_call_can_be_made_at_other_widths() -> None:
+    """Each call of the graph runs alone, at all its rungs; inputs and weights fit each other."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=10
+    )
+    made = []
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        if isinstance(module, OneCall):
+            made.append(module(*inputs))
+        return 1.0
+
+    groups = cpd.comb(model, X)
+    table = Table(groups, measurer(clock))
+    for seed, share in enumerate((0.9, 0.6, 0.3)):
+        plan = cpd.choose(groups, random_scores(groups, seed), {"params": share}, ranking="global")
+        table.values(table.sizes(alive_of(groups, plan)[groups.units.label]))
+    assert len(table.calls) > 10
+    assert len(made) > 3 * len(table.calls)
+
+
+def test_lines_between_rungs() -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 4))
+    groups = cpd.comb(model, torch.randn(2, 4))
+    table = Table(groups, measurer(stairs(1)))
+    assert ladder(64).tolist() == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert ladder(3).tolist() == [1, 2, 3]
+    counted = table.values(table.base).sum()
+    assert counted == pytest.approx((4 * 64 + 64 * 4) / 1000)
+    assert table.count(groups.everything()[groups.units.label]) == pytest.approx(table.whole)
+    sizes = table.base.copy()
+    sizes[sizes == 64] = 29
+    assert table.values(sizes).sum() == pytest.approx(2 * 4 * 29 / 1000)
+    rungs = Table(groups, measurer(stairs(8)))
+    at = [rungs.values(np.where(table.base == 64, n, table.base)).sum() for n in (24, 29, 32)]
+    assert at[1] == pytest.approx(at[0] + (at[2] - at[0]) * 5 / 8)
+
+
+@pytest.mark.parametrize(("width", "found"), [(1, 1), (8, 8), (16, 16), (32, 32)])
+def test_the_multiple_that_pays_is_found(width: int, found: int) -> None:
+    groups = cpd.comb(net(), X)
+    assert alignment(groups, measurer(stairs(width))) == found
+
+
+def test_multiples_by_measuring() -> None:
+    groups = cpd.comb(net(), X)
+    plan = cpd.choose(
+        groups, random_scores(groups, 0), "params=0.5", multiple_of="auto", measure=stairs(16)
+    )
+    assert all(w.after % 16 == 0 for w in plan.widths)
+    assert plan.options["multiple_of"] == 16
+
+
+def test_a_target_out_of_reach_and_one_that_asks_nothing() -> None:
+    groups = cpd.comb(net(), X)
+    with pytest.raises(cpd.UnreachableTarget, match=r"latency=0\.01 cannot be reached"):
+        cpd.choose(groups, random_scores(groups, 0), "latency=0.01", measure=stairs(4))
+    plan = cpd.choose(groups, random_scores(groups, 0), "latency=1", measure=stairs(4))
+    assert not plan.masks()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"target": "latency=0.5,latency_ms=3"}, InputError, "names latency and latency_ms"),
+        ({"target": "latency_ms=-1"}, InputError, "target latency_ms=-1"),
+        ({"target": "latency=0.5", "measure": "clock"}, UnknownName, "unknown measurer 'clock'"),
+        ({"target": "latency=0.5", "measure": {"eager": {"x": 1}}}, UnknownName, "option of meas"),
+        ({"target": "latency=0.5", "measure": lambda *_: -1.0}, InputError, "gave -1.0; millise"),
+        ({"target": "macs=0.5", "multiple_of": "most"}, InputError, "multiple_of is 'most'"),
+    ],
+)
+def test_what_cannot_be_measured(options: dict[str, Any], error: Any, text: str) -> None:
+    groups = cpd.comb(net(), X)
+    with pytest.raises(error, match=text):
+        cpd.choose(groups, random_scores(groups, 0), **options)
+
+
+def test_what_was_measured_is_kept_with_the_fingerprint(tmp_path: Path) -> None:
+    calls = []
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        calls.append(module)
+        return 2.0
+
+    path = tmp_path / "deep" / "latency.json"
+    for mark, more in (("farm A", 1), ("farm A", 0), ("farm B", 1)):
+        before = len(calls)
+        clock.fingerprint, clock.cache = mark, path  # type: ignore[attr-defined]
+        found = measurer(clock)
+        assert found("a call", lambda: (nn.Identity(), ())) == 2.0
+        found.save()
+        assert len(calls) - before == more
+    assert json.loads(path.read_text()) == {
+        "farm A": {"a call": 2.0}, "farm B": {"a call": 2.0}
+    }  # fmt: skip
+    path.write_text("{")
+    with pytest.warns(UserWarning, match="latencies are measured anew"):
+        measurer(clock)
+
+
+@pytest.mark.parametrize("name", ["eager", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_real_clocks_tick(name: str, tmp_path: Path) -> None:
+    """They give times, and note under which machine; which times is not for a test to say."""
+    groups = cpd.comb(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(1, 4))
+    path = tmp_path / "latency.json"
+    found = measurer({name: {"runs": 3, "warmup": 1, "threads": 1, "cache": str(path)}})
+    assert isinstance(found, Measurer)
+    table = Table(groups, found)
+    assert len(table.calls) == (2 if name == "onnx" else 3)
+    assert table.whole > 0
+    assert table.count(groups.everything()[groups.units.label]) == pytest.approx(table.whole)
+    found.save()
+    (mark,) = json.loads(path.read_text())
+    assert mark.startswith(f"{name}: ")
+    assert mark.endswith("1 threads, median of 3")
