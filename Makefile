@@ -40,6 +40,9 @@ slow: $(STAMP)
 fuzz: $(STAMP)
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -W error -m generator
 
+fuzz-files: $(STAMP)
+	$(BIN)/python -m pytest tests/test_files.py
+
 kills: $(STAMP)
 	$(BIN)/python -m pytest tests/test_survival.py
 

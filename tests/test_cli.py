@@ -272,7 +272,8 @@ def test_report_bench_and_export_of_an_artefact(artefact, capsys, tmp_path):
     assert (out / "report.html").exists()
     assert run("bench", out, "--runs", 10, "--warmup", 1, "--threads", 1) == 0
     assert "latency" in capsys.readouterr().out
-    assert run("export", out, "--to", tmp_path / "again.onnx") == 0
+    typed = ("--model", "test_cli:small", "--model_args.width", 12)
+    assert run("export", out, "--to", tmp_path / "again.onnx", *typed) == 0
     assert (tmp_path / "again.onnx").stat().st_size > 1000
 
 
@@ -284,7 +285,8 @@ def test_prune_saves_what_export_reads(tmp_path, capsys):
     assert "macs" in shown
     assert "channels" in shown
     assert json.loads((out / "manifest.json").read_text())["extra"]["model"] == "test_cli:small"
-    assert run("export", out) == 0
+    assert run("export", out) == 2  # code of one's own is imported only where it is typed
+    assert run("export", out, "--model", "test_cli:small") == 0
     assert (out / "model.onnx").exists()
     assert run("export", out, "--model", "test_cli:small", "--model_args.width", 9) == 2
 

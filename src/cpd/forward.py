@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -89,8 +90,7 @@ class Forward:
         """
         made = cls(dict(data["call"]), {mode: list(data["graphs"][mode]) for mode in _MODES})
         for graph in made.graphs.values():
-            for node in graph:
-                _target(node["op"])
+            _check_calls(graph)
         return made
 
     def to_data(self) -> Data:
@@ -249,6 +249,30 @@ def _add(graph: fx.Graph, data: Data, args: Any, kwargs: Any) -> fx.Node:
     if op in ("dtype", "device"):
         return graph.call_function(getattr, (args[0], op))
     return graph.call_function(_target(op), tuple(args), kwargs)
+
+
+def _check_calls(graph: list[Data]) -> None:
+    """Refuse calls that are not as `encode` writes them.
+
+    They come from files, and their names get into generated source: each must be a plain name.
+    """
+    env: Any = {}
+    for data in graph:
+        name, op = data["name"], data["op"]
+        args, kwargs = _lookup(data["args"], env), _lookup(data["kwargs"], env)
+        held = args[0] if op in ("tensor", "child") else "x"
+        paths = held.split(".") if isinstance(held, str) else [""]
+        plain = all(part.isdecimal() or _is_name(part) for part in paths)
+        if not (isinstance(op, str) and _is_name(name) and plain and all(map(_is_name, kwargs))):
+            raise ArtefactError(f"{name!r} is no call of a forward: a name in it is not plain")
+        _target(op)
+        env[name] = None
+
+
+def _is_name(word: Any) -> bool:
+    """Say whether a word may stand in generated source: an identifier of one's own."""
+    plain = isinstance(word, str) and word.isascii() and word.isidentifier()
+    return plain and not iskeyword(word) and not word.startswith("__")
 
 
 def _target(op: str) -> Any:

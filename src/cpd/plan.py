@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from .groups import Groups
 
 FORMAT = 2
+_MOST = 1 << 27  # entries of all masks of a plan: a file may not ask for more memory
+_NO_PLAN = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +212,7 @@ class Plan:
         """Return the plan of a JSON text. Raises `ArtefactError` where it is none."""
         try:
             return _from_dict(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except _NO_PLAN as error:
             raise ArtefactError(
                 f"this is not a plan of format {FORMAT}: {type(error).__name__}: {error}. "
                 "Give the text that Plan.to_json wrote, whole."
@@ -332,6 +343,7 @@ def _from_dict(data: Mapping[str, Any]) -> Plan:
     if data["format"] not in (1, FORMAT):
         raise ValueError(f"format {data['format']}")
     shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
+    _check_sizes(data, shapes)
     kept = {name: _parts_from(parts, shapes[name]) for name, parts in data["kept"].items()}
     return Plan(
         model=str(data["model"]),
@@ -352,6 +364,25 @@ def _from_dict(data: Mapping[str, Any]) -> Plan:
         },  # format 1 had none
         notes=tuple(map(str, data.get("notes", ()))),
     )
+
+
+def _check_sizes(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse what no plan has, before anything of its size is made."""
+    entries = sum(shapes[name][0] for name in data["rescale"])
+    for name, parts in data["kept"].items():
+        axes = [axis for part in parts for axis in part["axes"]]
+        if len(set(axes)) != len(axes) or not set(axes) <= set(range(len(shapes[name]))):
+            raise ValueError(f"axes {axes} of {name}, which has {len(shapes[name])}")
+        entries += sum(prod(shapes[name][axis] for axis in part["axes"]) for part in parts)
+    if entries > _MOST or any(size < 0 for shape in shapes.values() for size in shape):
+        raise ValueError(f"masks of {entries} entries; {_MOST} are allowed")
+    aliases = data["aliases"]
+    owners = {*aliases.values(), *data["kept"], *data["rescale"]}
+    wrong = sorted(name for name in owners if name not in shapes or name in aliases)
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no tensor of its own")
+    if not all(isfinite(entry["factor"]) for entry in data["rescale"].values()):
+        raise ValueError("a factor is not finite")
 
 
 def _parts_from(parts: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> tuple[Kept, ...]:

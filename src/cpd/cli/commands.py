@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cpd.cli.models import Source, named
+from cpd.cli.models import LIBRARIES, Source, named
 from cpd.cli.show import Bars, coverage, group_table, kept_table
 from cpd.distill import isolated
 from cpd.errors import ArtefactError, InputError
@@ -349,6 +349,30 @@ def _noted(folder: Path, model: str | None, model_args: dict[str, Any] | None) -
             continue
         found: Any = read(folder / name)
         found = found if inside is None else found.get(inside, {})
-        if found.get("model"):
-            return Source(found["model"], model_args or found.get("model_args") or {})
+        if isinstance(found, dict) and found.get("model"):
+            return _trusted(folder, found, model_args)
     raise InputError(f"{folder} does not say where its network comes from; give --model")
+
+
+def _trusted(folder: Path, found: dict[str, Any], model_args: dict[str, Any] | None) -> Source:
+    """The network that a folder names: of a known library, made with plain numbers.
+
+    Raises:
+        InputError: the folder names code that would be imported, or texts that may name files.
+    """
+    spec = str(found["model"])
+    if spec.partition(":")[0] not in LIBRARIES:
+        raise InputError(
+            f"{folder} names {spec!r}, which is code of your own: only what you type is imported. "
+            f"Give --model {spec} if you trust it"
+        )
+    noted: Any = model_args if model_args is not None else found.get("model_args") or {}
+    if model_args is None:
+        for key, value in dict(noted).items():
+            entries = value if isinstance(value, list) else [value]
+            if not all(isinstance(entry, int | float | None) for entry in entries):
+                raise InputError(
+                    f"{folder} makes its network with {key}={value!r}, which may name a file: only "
+                    f"what you type is read. Give --model {spec} and its --model_args"
+                )
+    return Source(spec, dict(noted))

@@ -101,7 +101,7 @@ def read(path: Path, small: nn.Module) -> Stored:
             shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118 - it is no mapping
             _check_fit(path, small, shapes, aliases)
             stored = Stored({name: reader.get_tensor(name) for name in shapes}, aliases, orders)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise ArtefactError(
             f"{path} cannot be read: {error}. Copy it again, or write it again with cpd.save."
         ) from error

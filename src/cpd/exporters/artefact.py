@@ -104,7 +104,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     plan = _read_plan(folder)
     plan.check(model)
     _check_attributes(folder / PLAN, plan, model)
-    small = cut(model, plan, verify=False)
+    small = _cut(folder / PLAN, plan, model)
     assign(small, read(folder / TENSORS, small))
     return small
 
@@ -242,6 +242,16 @@ def _read_plan(folder: Path) -> Plan:
     ) as error:
         raise ArtefactError(
             f"{path} holds no usable plan: {type(error).__name__}: {error}. {_AGAIN}"
+        ) from error
+
+
+def _cut(path: Path, plan: Plan, model: nn.Module) -> nn.Module:
+    """The network cut by an untrusted plan."""
+    try:
+        return cut(model, plan, verify=False)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"{path} cannot be applied: {type(error).__name__}: {error}. {_AGAIN}"
         ) from error
 
 

@@ -1,0 +1,397 @@
+"""Files are untrusted: no pickle, no code, no path, no memory without bound; old formats load."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import cpd
+import house
+from cpd import errors
+from cpd.compress import compress
+from cpd.distill import read, write
+from cpd.plan import Plan
+from test_compress import SGD, keywords, normed, same
+from test_idioms import IDIOMS
+
+TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
+GOLDEN = Path(__file__).parent / "golden" / "artefacts"
+
+# --- no pickle
+
+
+def refused(path: Path) -> Iterator[str]:
+    """What in a file of source code could read or write a pickle, or run a text as code."""
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    calls = {"torch.load", "torch.save", "np.load", "numpy.load", "yaml.load", "eval", "exec"}
+    calls |= {"yaml.unsafe_load", "yaml.full_load", "torch.hub.load"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
+            yield from (f"{path.name}:{node.lineno}" for n in names if n.split(".")[0] in modules)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in calls:
+            yield f"{path.name}:{node.lineno}"
+
+
+def test_no_source_reads_or_writes_a_pickle(tmp_path: Path) -> None:
+    found = [each for path in house.SOURCE.rglob("*.py") for each in refused(path)]
+    assert not found
+    bad = tmp_path / "bad.py"
+    bad.write_text("import pickle as p\nimport torch\ntorch.save(1, 'x')\neval('1')\n")
+    assert list(refused(bad)) == ["bad.py:1", "bad.py:3", "bad.py:4"]
+
+
+def test_no_run_reads_or_writes_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run, broken off and resumed, with the optimizer's state; saved, loaded, cut."""
+
+    def blocked(*args: Any, **options: Any) -> Any:
+        raise AssertionError("a pickle was read or written")
+
+    class Stop:
+        def after_step(self, state: Any) -> None:
+            if (state.stage, state.step) == ("prune", 7):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    class Blocked:
+        __init__ = blocked
+
+    compress(normed(), **keywords())  # libraries may pickle while they are imported
+    for name in ("load", "loads", "dump", "dumps"):
+        monkeypatch.setattr(pickle, name, blocked)
+    for name in ("Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, Blocked)
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, blocked)
+        monkeypatch.setattr(torch.serialization, name, blocked)
+    with pytest.raises(AssertionError, match="pickle"):
+        torch.save(1, tmp_path / "x")
+    adam = {"batch_size": 16, "optimizer": {"name": "AdamW", "lr": 1e-3}}
+    base = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
+    given = keywords(output=tmp_path / "out", resume=True, prune=adam, base=base)
+    with pytest.raises(errors.Interrupted):
+        compress(normed(), **given, callbacks=(Stop(),))
+    saved = read(tmp_path / "out" / "checkpoints" / "last.safetensors")
+    assert "exp_avg" in saved["loop"]["optimizer"]["state"][0]
+    result = compress(normed(), **given)
+    assert same(cpd.load(tmp_path / "out", normed()), result.model)
+    pruner = cpd.Pruner(normed(), torch.zeros(2, 3, 8, 8), target="macs=0.5")
+    write(tmp_path / "pruner", pruner.state_dict())
+    pruner.load_state_dict(read(tmp_path / "pruner"))
+
+
+# --- no code
+
+
+HOSTILE = "x=open('canary', 'w')"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda graph: graph[0].update(name=HOSTILE),
+        lambda graph: next(d for d in graph if d["op"] == "child")["args"].update(
+            list=['a" + open("canary", "w") + "']
+        ),
+        lambda graph: graph[-2]["kwargs"]["dict"].update({"a=open('canary', 'w'), b": 1}),
+        lambda graph: graph[0].update(name="__class__"),
+        lambda graph: graph[-2].update(op="aten.save.default"),
+        lambda graph: graph[-2]["args"]["list"].append({"dtype": "load"}),
+    ],
+)
+def test_a_forged_forward_runs_nothing(
+    change: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = IDIOMS["talking heads"].make()
+    _, plan = cpd.prune(model, IDIOMS["talking heads"].inputs, target="params=0.6")
+    data = json.loads(plan.to_json())
+    assert Plan.from_json(json.dumps(data)).forwards
+    (forward,) = data["forwards"].values()
+    change(forward["graphs"]["eval"])
+    with pytest.raises(errors.ArtefactError):
+        Plan.from_json(json.dumps(data))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("noted", "said"),
+    [
+        ({"model": "os:getcwd"}, "only what you type is imported"),
+        ({"model": "timm:resnet18", "model_args": {"checkpoint_path": "x.pt"}}, "checkpoint_path"),
+    ],
+)
+def test_an_artefact_imports_nothing(
+    noted: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cpd.cli import main
+
+    (tmp_path / MANIFEST).write_text(json.dumps({"extra": noted}))
+    assert main(["export", str(tmp_path)]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+# --- old formats load for ever
+
+
+@pytest.mark.parametrize("name", ["plan-1", "plan-2"])
+def test_artefacts_of_earlier_versions_load(name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    assert json.loads((GOLDEN / name / PLAN).read_text())["format"] == int(name[-1])
+    wanted = load_file(GOLDEN / name / "expected.safetensors")
+    small = cpd.load(GOLDEN / name, model).eval()
+    torch.testing.assert_close(small(wanted["x"]), wanted["y"])
+
+
+# --- fuzz: plans, tensors, manifests and checkpoints, changed at random
+
+JUNK: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    2,
+    2**31,
+    10**12,
+    10**400,
+    1.5,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    "",
+    "0-999999999999",
+    "../../canary",
+    "/etc/passwd",
+    HOSTILE,
+    "a" * 100000,
+    [],
+    {},
+    [[]],
+    {"list": [1]},
+    {"device": "cuda:99"},
+    [10**9] * 3,
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The address of every value in a nest."""
+    if at:
+        yield at
+    listed = enumerate(value) if isinstance(value, list) else ()
+    for key, inner in value.items() if isinstance(value, dict) else listed:
+        yield from places(inner, (*at, key))
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """One to three places of a nest changed."""
+    for _ in range(draw.randint(1, 3)):
+        found = list(places(value))
+        if not found:
+            return draw.choice(JUNK)
+        *way, last = draw.choice(found)
+        held = value
+        for key in way:
+            held = held[key]
+        kind = draw.random()
+        if kind < 0.6:
+            held[last] = draw.choice(JUNK)
+        elif kind < 0.75 and isinstance(held[last], int):
+            held[last] = held[last] + draw.choice((-1, 1, 7))
+        elif kind < 0.9:
+            del held[last]
+        else:
+            other = draw.choice(found)
+            held[last] = json.loads(json.dumps(value[other[0]]))
+    return value
+
+
+def scrambled(data: bytes, draw: random.Random) -> bytes:
+    """Bytes flipped, cut off or put in."""
+    made = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        place = draw.randrange(max(len(made), 1))
+        kind = draw.random()
+        if kind < 0.6 and made:
+            made[place] = draw.randrange(256)
+        elif kind < 0.8:
+            del made[place : place + draw.choice((1, 8, 10**6))]
+        else:
+            made[place:place] = draw.randbytes(draw.choice((1, 8, 64)))
+    return bytes(made)
+
+
+def text_of(data: bytes, draw: random.Random) -> bytes:
+    """JSON with places changed, or its bytes scrambled; sometimes nested too deep to read."""
+    kind = draw.random()
+    if kind < 0.02:
+        return b"[" * 200000
+    if kind < 0.2:
+        return scrambled(data, draw)
+    return json.dumps(mutated(json.loads(data), draw)).encode()
+
+
+def tensors_of(data: bytes, draw: random.Random) -> bytes:
+    """A safetensors file whose head is changed as text, or whose bytes are scrambled."""
+    if draw.random() < 0.4:
+        return scrambled(data, draw)
+    (length,) = struct.unpack("<Q", data[:8])
+    head = text_of(data[8 : 8 + length], draw)
+    size = len(head) if draw.random() < 0.9 else draw.choice((0, 2**63, 10**9))
+    return struct.pack("<Q", size) + head + data[8 + length :]
+
+
+def signed(folder: Path) -> None:
+    """Make the manifest agree with the files again, as a forger would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in (TENSORS, PLAN):
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+class Targets:
+    """Artefacts of a few networks and a checkpoint, and how each is read."""
+
+    NAMES = ("talking heads", "fused projection", "grouped transposed", "nn.MultiheadAttention")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models = {}
+        for number, name in enumerate(self.NAMES):
+            torch.manual_seed(0)
+            model, inputs = IDIOMS[name].make(), IDIOMS[name].inputs
+            for parameter in model.parameters():
+                nn.init.normal_(parameter)
+            options = {"target": "params=0.6", "unreachable": "closest", "verify": False}
+            small, plan = cpd.prune(model, inputs, **options)
+            cpd.save(small, plan, folder / str(number))
+            self.models[number] = (model, inputs)
+        values = {"a": torch.arange(6.0), "b": [1, {"c": (2.5, None)}], "d": "text"}
+        write(folder / "checkpoint", values)
+
+    def case(self, number: int) -> None:
+        """Read one file changed at random; what comes must be an error of the tree, or a value."""
+        draw = random.Random(number)
+        kind = number % 8
+        if kind == 7:
+            data = tensors_of((self.folder / "checkpoint").read_bytes(), draw)
+            path = self.folder / "changed"
+            path.write_bytes(data)
+            with contextlib.suppress(errors.CPDError):
+                read(path)
+            return
+        which = number // 8 % len(self.NAMES)
+        name = TENSORS if kind in (4, 5) else MANIFEST if kind == 6 else PLAN
+        folder = self.folder / str(which)
+        before = {each: (folder / each).read_bytes() for each in (TENSORS, PLAN, MANIFEST)}
+        change = tensors_of if name == TENSORS else text_of
+        (folder / name).write_bytes(change(before[name], draw))
+        if name != MANIFEST:
+            signed(folder)
+        try:
+            model, inputs = self.models[which]
+            small = cpd.load(folder, model)
+            with contextlib.suppress(Exception):  # it may not run, but it must not run code
+                small(*inputs) if isinstance(inputs, tuple) else small(inputs)
+        except errors.CPDError:
+            return
+        finally:
+            for each, data in before.items():
+                (folder / each).write_bytes(data)
+
+
+def limited(folder: Path, numbers: range) -> int:
+    """Cases in a process that may take 1 GB and 30 s for each; 0 where all went well."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError("30 s")
+
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code, number = 1, -1
+    try:
+        os.chdir(folder)
+        targets = Targets(folder)
+        signal.signal(signal.SIGALRM, late)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + (1 << 30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        for number in numbers:
+            signal.alarm(30)
+            targets.case(number)
+            signal.alarm(0)
+        code = 0
+    except BaseException:  # noqa: BLE001 - of the child, told to the parent
+        os.write(2, f"case {number}: {traceback.format_exc()}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def fuzzed(folder: Path, numbers: range) -> None:
+    data = folder / "inside" / "data"
+    data.mkdir(parents=True)
+    assert limited(data, numbers) == 0
+    assert not list(folder.rglob("*canary*"))
+    assert [path.name for path in folder.iterdir()] == ["inside"]
+    assert [path.name for path in (folder / "inside").iterdir()] == ["data"]
+    names = {path.name for path in data.iterdir()}
+    assert names <= {"0", "1", "2", "3", "checkpoint", "changed"}
+
+
+def test_changed_files_are_refused_or_harmless(tmp_path: Path) -> None:
+    fuzzed(tmp_path, range(200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_five_thousand_changed_files(part: int, tmp_path: Path) -> None:
+    fuzzed(tmp_path, range(200 + 500 * part, 700 + 500 * part))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shapes": {"0.weight": [10**12, 3]}, "kept": {"0.weight": [[0], [10**12], "0"]}},
+        {"rescale": {"0.weight": {"rows": "0", "factor": float("nan")}}},
+        {"aliases": {"0.bias": "0.weird"}},
+        {"costs": {"macs": [float("inf"), 1]}},
+        {"kept": {"0.weight": [[0, 0], [4, 4], "0"]}},
+    ],
+)
+def test_plans_that_ask_for_too_much(change: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    _, plan = cpd.prune(model, torch.zeros(2, 3), target="params=0.8")
+    data = json.loads(plan.to_json())
+    for key, value in change.items():
+        if key == "kept":
+            (name, (axes, shape, kept)), *_ = value.items()
+            value = {name: [{"axes": axes, "shape": shape, "kept": kept}]}
+        data[key] = {**data[key], **value}
+    with pytest.raises(errors.ArtefactError, match="not a plan"):
+        Plan.from_json(json.dumps(data))
