@@ -16,6 +16,7 @@ from cpd.distill.optim import optimizers
 from cpd.pruner import Schedule, carry
 from laws import randomised, run, wide
 from test_compress import Data, keywords, normed, same
+from test_distill import launched
 from test_idioms import IDIOMS
 
 X = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
@@ -423,6 +424,38 @@ def test_states_that_do_not_fit():
     other = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
     with pytest.raises(errors.PlanMismatch, match="made for"):
         cpd.Pruner(other, torch.zeros(2, 3), **given).load_state_dict(state)
+
+
+# --- several processes
+
+
+def test_two_processes_prune_as_one(tmp_path):
+    from safetensors.torch import load_file
+
+    from two_processes import pruned as alone
+
+    launched("pruner", tmp_path)
+    weights = alone(tmp_path / "one")
+    plans = [(tmp_path / at / "run" / "plan.json").read_text() for at in ("", "one")]
+    assert plans[0] == plans[1]
+    found = load_file(tmp_path / "weights")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11)
+
+
+def test_a_plan_that_did_not_arrive_whole_is_refused(monkeypatch):
+    """Two processes whose hashes differ; the exchange itself is stood in for."""
+    from cpd.pruner import rounds
+
+    def gathered(every, mine):
+        every[0].copy_(mine)
+        every[1].copy_(mine + 1)
+
+    for name, value in (("get_world_size", 2), ("get_rank", 0)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "all_gather", gathered)
+    with pytest.raises(errors.PlanMismatch, match="process 0 has another plan than process 1"):
+        rounds._agreed("text", torch.device("cpu"))
 
 
 # --- bad input

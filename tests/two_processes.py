@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -84,6 +85,37 @@ def compressed(folder: Path) -> dict[str, torch.Tensor]:
     return result.model.state_dict()
 
 
+def pruned(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights after pruning in a loop of one's own, data parallel; the plan lies in the folder."""
+    import cpd
+
+    parallel, rank, world = torch.distributed.is_initialized(), 0, 1
+    model: nn.Module = network()
+    if parallel:
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    pruner = cpd.Pruner(
+        model, example, importance="fisher", target="macs=0.5", interval=3, events=3
+    )
+    inputs, targets = Split().train.tensors
+    for step in range(10):
+        rows = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))[:16]
+        parts = rows[rank::world].chunk(2)
+        for part in parts:
+            loss = nn.functional.cross_entropy(model(inputs[part]), targets[part]) / len(parts)
+            loss.backward()
+            if part is not parts[-1]:
+                pruner.observe(whole=False)
+        pruner.step(optimizer)
+    assert pruner.plan is not None
+    if rank == 0:
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "plan.json").write_text(pruner.plan.to_json())
+    return pruner.finish().state_dict()
+
+
 def main(mode: str, out: Path) -> None:
     """Run, and let the main process write what came out."""
     from safetensors.torch import save_file
@@ -92,7 +124,10 @@ def main(mode: str, out: Path) -> None:
 
     _torchvision.ensure()
     torch.set_num_threads(1)
-    weights = distilled() if mode == "distill" else compressed(out / "run")
+    if mode == "pruner" and "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    modes = {"distill": distilled, "pruner": lambda: pruned(out)}
+    weights = modes.get(mode, lambda: compressed(out / "run"))()
     parallel = torch.distributed.is_initialized()
     if not parallel or torch.distributed.get_rank() == 0:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights")
