@@ -190,6 +190,7 @@ def test_costs_alone(tmp_path: Path) -> None:
         assert report.after.macs <= most * report.before.macs
         assert report.after.latency.runs == 10, "the fewest, as there is no time"
         assert report.after.latency.threads == 1
+        assert report.title == f"test_study:small → {outcome.cell.values['target']}"
     shown = table(study, records(study, found))
     assert "timed runs" in shown
     assert "miou" not in shown

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from cpd import data as data_shelf
-from cpd.compress import CompressConfig, compress
+from cpd.compress import CompressConfig, compress, plain
 from cpd.compress.run import built
 from cpd.distill import distill, isolated, snapshot
 from cpd.errors import InputError, UnknownName
@@ -89,7 +89,7 @@ def run(
             told(found, cell.name)
         if costs is not None:
             source, keywords = settle(_without_training(cell.values))
-            config = CompressConfig.of(**keywords)
+            config = CompressConfig.of(model=plain(source), **keywords)
             report = costed(source, config, shape=study.input_shape, seconds=costs.seconds)
             write_text(_place(study, cell, cost_only=True) / "report.json", report.to_json())
         else:
