@@ -232,3 +232,36 @@ def test_data_is_the_same_after_json() -> None:
     _, plan = pruned(network(), x)
     forward = plan.forwards["1"]
     assert Forward.from_data(json.loads(json.dumps(forward.to_data()))) == forward
+
+
+class Grouped(nn.Module):
+    """Four heads of four dims, two of them for a key: `dim` may be either by its value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.share = 4, 2
+        self.q, self.k, self.v = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.out = nn.Linear(16, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = (m(x).view(b, n, -1, self.dim).transpose(1, 2) for m in (self.q, self.k, self.v))
+        k, v = (self.shared(y) for y in (k, v))
+        y = (q @ k.transpose(-2, -1) * 0.3).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        b, heads, n, dim = x.shape
+        wide = x[:, :, None].expand(b, heads, self.share, n, dim)
+        return wide.reshape(b, heads * self.share, n, dim)
+
+
+def test_numbers_that_are_equal_by_chance_are_told_apart() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 12), Grouped()), torch.randn(2, 7, 5)
+    groups = cpd.comb(model, x, keep_class="strict")
+    group = next(group for group in groups if group.name == "1.q")
+    assert {f.kind for f in group.families} >= {"heads"}
+    scores = {g.name: torch.rand(g.size) for g in groups}
+    plan = cpd.choose(groups, scores, "params=0.5", ranking="uniform")
+    assert cpd.verify(model, cpd.cut(model, plan, verify=False), plan, x)
+    assert any(w.group == "1.q" for w in plan.widths)

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .channels import Place, Reason
+from .channels import Place
 from .groups import Groups
-from .labels import Mask, axis_size, new_shape
+from .labels import Mask, new_shape
 from .replace import Disagreement
-from .rules import Size
+from .settle import classes_of, freeze, settle
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
 from .trace import innermost, location, quiet_state
@@ -59,31 +59,31 @@ def freeze_unfollowed(groups: Groups) -> None:
     Where attributes hold all literals one trial of everything will do. A literal that none holds
     may fit by chance, so families that change one are tried kind by kind, and at two widths.
     """
-    _settle(groups)
+    run = _runner(groups)
+    settle(groups, lambda families: _tried(groups, families, run, halves=True) is None)
     suspects = _suspects(groups)
     if not suspects:
         return
-    run = _runner(groups)
     loose = _loose(groups)
     together = _followed(groups, [f for kind in suspects.values() for f in kind], run)
     if together is None and not loose.any():
         return
     for kind in suspects.values():
-        open_ = any(loose[groups.units.closure(_classes(f))].any() for f in kind)
+        open_ = any(loose[groups.units.closure(classes_of(f))].any() for f in kind)
         if together is None and not open_:
             continue
         error = _tried(groups, kind, run, halves=open_)
         if error is not None:
             error = _tried_replaced(groups, kind, run, error)
         if error is not None:
-            _freeze(groups, kind, f"the code cannot follow: {error.text}", error.place)
+            freeze(groups, kind, f"the code cannot follow: {error.text}", error.place)
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
     error = run(_without(groups, kept))
     if error is not None:
         error = _tried_replaced(groups, kept, run, error)
     if error is not None:
         why = f"the code cannot follow together with others: {error.text}"
-        _freeze(groups, kept, why, error.place)
+        freeze(groups, kept, why, error.place)
 
 
 def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | None:
@@ -143,7 +143,7 @@ def _touched(groups: Groups, kind: list[Family]) -> list[str]:
     held = {id(size) for site in groups.sites for size in site.sizes}
     mine = np.zeros(groups.units.count, bool)
     for family in kind:
-        mine[groups.units.closure(_classes(family))] = True
+        mine[groups.units.closure(classes_of(family))] = True
     found: dict[str, bool] = {}
     for step, size in ((x, size) for x in groups.steps for size in x.sizes):
         path = location(step.node)[0]
@@ -168,51 +168,6 @@ def _loose(groups: Groups) -> Mask:
     return loose
 
 
-def _settle(groups: Groups) -> None:
-    """Where one attribute would hold two sizes that change apart, it holds neither.
-
-    An attribute is found by its value, and two sizes may have one value by chance. In the module
-    that makes both, none may change; an attribute of a module around it is left as it is.
-    """
-    made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
-    for site in [site for site in groups.sites if len(site.sizes) > 1]:
-        movers: dict[frozenset[int], list[Family]] = {}
-        for size in site.sizes:
-            found = [f for f in groups.units.families if f.width > 1 and _changes(groups, f, size)]
-            movers[frozenset(id(family) for family in found)] = found
-        movers.pop(frozenset(), None)
-        if len(movers) < 2:
-            continue
-        why = f"{site.attribute} may mean two sizes"
-        own = all(made[id(size)] == site.path for size in site.sizes)
-        if (
-            not own
-            or site.path in groups.replaced.active
-            or groups.replaced.enable([site.path], why)
-        ):
-            groups.sites.remove(site)
-        else:
-            apart = {id(family): family for found in movers.values() for family in found}
-            why = f"{site.attribute} of {site.path or 'the network'} may mean two sizes"
-            _freeze(groups, list(apart.values()), why)
-
-
-def _changes(groups: Groups, family: Family, size: Size) -> bool:
-    """Say whether a unit less of a family changes a size."""
-    closure = groups.units.closure([int(cluster[0]) for cluster in family.clusters])
-    layers = [layer for layer in size.labels.layers if size.axis in layer.axes]
-    mine = groups.units.label[np.concatenate([layer.ids.ravel() for layer in layers])]
-    if not np.isin(mine, closure).any():
-        return False
-    alive = groups.everything()
-    alive[closure] = False
-    return axis_size(size.labels, size.axis, alive[groups.units.label]) != size.old
-
-
-def _classes(family: Family) -> list[int]:
-    return np.concatenate(family.clusters).tolist()
-
-
 def _suspects(groups: Groups) -> dict[object, list[Family]]:
     """Families that change a literal size or pass through a module that has one, by the classes of
     these modules: code may compute what stands in its place from any width that it sees.
@@ -233,7 +188,7 @@ def _suspects(groups: Groups) -> dict[object, list[Family]]:
         mask[groups.units.label[groups.replaced.passing(path)]] = True
     found: dict[object, list[Family]] = {}
     for family in groups.units.families:
-        closure = groups.units.closure(_classes(family))
+        closure = groups.units.closure(classes_of(family))
         key = frozenset(place for place, mask in touched.items() if mask[closure].any())
         if key:
             found.setdefault((family.kind, key), []).append(family)
@@ -366,15 +321,3 @@ def _to(value: Any, mode: Mode, device: str) -> Any:
         return _empty(x.shape, x.dtype, mode) if device != "cpu" else x.to(device)
 
     return torch.utils._pytree.tree_map(moved, value)
-
-
-def _freeze(groups: Groups, families: list[Family], why: str, place: Place | None = None) -> None:
-    """Take families out of choice, and remember why for the channels that only they remove."""
-    units = groups.units
-    units.reasons.append(Reason(why, place or Place()))
-    for family in families:
-        if family not in units.families:
-            continue
-        units.families = [f for f in units.families if f is not family]
-        closure = units.closure(_classes(family))
-        units.frozen[closure[units.frozen[closure] < 0]] = len(units.reasons) - 1
