@@ -21,6 +21,7 @@ EXCEPTIONS: dict[str, str] = {
     "data/scenes.py:scenes:parameters": "each parameter is an option of the recipe",
     "cli/commands.py:Shell.comb:parameters": "each parameter is a flag of the command",
     "cli/commands.py:Shell.prune:parameters": "each parameter is a flag of the command",
+    "cli/commands.py:Shell.sensitivity:parameters": "each parameter is a flag of the command",
     "attention.py:CutMultiheadAttention.forward:parameters": "called as nn.MultiheadAttention is",
 }
 

@@ -340,3 +340,17 @@ def test_prune_keeps_what_is_named(capsys):
     words = ["test_cli:small", "--input_shape", "3,8,8", "--target", "params=0.7"]
     assert run("prune", *words, "--keep", '{"0": all}') == 3
     assert "cannot be reached" in capsys.readouterr().err
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 12), nn.ReLU(), nn.Linear(12, 10))
+
+
+def test_sensitivity_shows_and_writes(capsys, tmp_path):
+    words = ["test_cli:classifier", "--data", "digits", "--batches", "2"]
+    words += ["--output", tmp_path / "a.json", "--plot", tmp_path / "a.svg"]
+    assert run("sensitivity", *words) == 0
+    assert "loss of the whole network" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [round(12 * share) for share, _ in found["losses"]["1"]] == [1, 3, 6, 9, 10]
+    assert (tmp_path / "a.svg").stat().st_size > 1000

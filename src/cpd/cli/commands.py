@@ -247,6 +247,44 @@ class Shell:
         self.console.print(said, markup=False, soft_wrap=True)
         return {"config": found.to_dict()} if found else {}
 
+    def sensitivity(
+        self,
+        model: str,
+        data: str | dict[str, Any] = "digits",
+        model_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        task: str | dict[str, Any] = "classification",
+        importance: str = "magnitude",
+        batches: int = 4,
+        batch_size: int = 64,
+        output: str | None = None,
+        plot: str | None = None,
+    ) -> None:
+        """Show the loss when one group alone loses a share of its units, without training.
+
+        Args:
+            model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
+            data: a name of the data shelf; its validation samples are used.
+            model_args: arguments for making it.
+            weights: a safetensors file with its weights.
+            task: what the loss is of.
+            importance: which units go first; a score that needs no data.
+            batches: batches to take the loss over.
+            batch_size: samples of each.
+            output: file for JSON.
+            plot: file for a plot, such as a.svg.
+        """
+        from cpd.cli.sensitive import measured
+        from cpd.files import write_text
+
+        network = _made(Source(model, model_args or {}), weights)
+        found = measured(network, data, task, importance, batches, batch_size)
+        self.console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+        if output is not None:
+            write_text(output, found.to_json())
+        if plot is not None:
+            found.plot(plot)
+
     def compress(self, values: dict[str, Any]) -> None:
         """Run a recipe; ``values`` are the keywords of ``cpd.compress``."""
         from accelerate import PartialState
@@ -315,7 +353,7 @@ class Shell:
         self.console.print(f"{done} of {len(found)} runs are done; in {folder}")
 
 
-COMMANDS = ("comb", "prune", "export", "bench", "report", "study")
+COMMANDS = ("comb", "prune", "export", "bench", "report", "sensitivity", "study")
 
 
 def _settled(values: dict[str, Any]) -> tuple[Source, dict[str, Any]]:

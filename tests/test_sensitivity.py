@@ -1,0 +1,73 @@
+"""Sensitivity: loss against share of one group at a time, as measured by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cpd
+from cpd.errors import ArtefactError, InputError
+from cpd.sensitivity import Sensitivity, sensitivity
+from laws import random_scores
+
+X, Y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_it_is_the_loss_with_the_least_zeroed() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    before = copy.deepcopy(model.state_dict())
+    groups = cpd.comb(model, X)
+    scores = random_scores(groups, 0)
+    batches = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+    found = sensitivity(model, groups, scores, batches, loss, ratios=(0.5, 0.25, 0.05))
+    with torch.no_grad():
+        assert found.base == pytest.approx(float(loss(model, (X, Y))), rel=1e-5)
+    assert list(found.losses) == ["0", "2"]
+    assert [share for share, _ in found.losses["0"]] == [0.25, 0.5]
+    assert [share for share, _ in found.losses["2"]] == [1 / 6, 0.5]
+    for name, points in found.losses.items():
+        for share, value in points:
+            twin = copy.deepcopy(model)
+            gone = scores[name].argsort()[: round(share * len(scores[name]))]
+            with torch.no_grad():
+                layer = twin[int(name)]
+                layer.weight[gone] = 0
+                layer.bias[gone] = 0
+                assert value == pytest.approx(float(loss(twin, (X, Y))), rel=1e-5)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_limits_hold_back_what_bears_little(tmp_path: Path) -> None:
+    found = Sensitivity(1.0, {"0": ((0.25, 1.05), (0.5, 1.4), (0.75, 1.05)), "2": ((0.5, 1.1),)})
+    assert found.limits(0.1) == {"0": 0.25, "2": 0.5}
+    assert found.limits(0.01) == {"0": 0.0, "2": 0.0}
+    assert Sensitivity.from_json(found.to_json()) == found
+    assert "25%: 1.05" in str(found)
+    assert found.plot(tmp_path / "a.svg").read_text().startswith("<?xml")
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    groups = cpd.comb(model, X)
+    plan = cpd.choose(
+        groups, random_scores(groups, 0), "macs=0.1", limits={"0": found.limits(0.1)["0"]},
+        unreachable="closest",
+    )  # fmt: skip
+    assert plan.widths[0].after == 6
+
+
+def test_what_makes_no_sense() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    groups = cpd.comb(model, X)
+    with pytest.raises(InputError, match="at least one batch"):
+        sensitivity(model, groups, random_scores(groups, 0), [], loss)
+    with pytest.raises(InputError, match=r"ratios are \[1.5\]"):
+        sensitivity(model, groups, random_scores(groups, 0), [(X, Y)], loss, ratios=[1.5])
+    with pytest.raises(ArtefactError, match="no sensitivity"):
+        Sensitivity.from_json("{}")
