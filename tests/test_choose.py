@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -406,3 +407,27 @@ def test_a_plan_of_another_model_is_no_start() -> None:
     groups = chain(9)
     with pytest.raises(cpd.PlanMismatch):
         cpd.choose(groups, random_scores(groups, 0), "macs=0.5", start=plan)
+
+
+@pytest.mark.parametrize("ranking", ["isomorphic", "global", "uniform"])
+@pytest.mark.parametrize("events", [2, 8, 30])
+def test_many_events_with_the_same_scores_are_one(ranking: str, events: int) -> None:
+    """What went in earlier events counts: no family goes first again and again."""
+    groups = uneven()
+    values = random_scores(groups, 1)
+    once = cpd.choose(groups, values, "macs=0.5", ranking=ranking)
+    plan = None
+    for event in range(1, events + 1):
+        share = 1 - 0.5 * event / events
+        plan = cpd.choose(groups, values, {"macs": share}, ranking=ranking, start=plan)
+    assert plan is not None
+    assert [(w.group, w.after) for w in plan.widths] == [(w.group, w.after) for w in once.widths]
+
+
+def uneven() -> Groups:
+    """Return the groups of four layers of very different widths."""
+    widths, layers = (3, 16, 32, 64, 128), list[nn.Module]()
+    for k, (before, after) in enumerate(pairwise(widths)):
+        layers += [nn.Conv2d(before, after, 3, 1 + k % 2), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5))
+    return cpd.comb(model, torch.randn(2, 3, 24, 24))

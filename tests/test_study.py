@@ -14,8 +14,8 @@ from torch import nn
 import house
 from cpd import costs, data
 from cpd.cli import main
-from cpd.cli.commands import _settled
 from cpd.cli.flags import checked, read
+from cpd.cli.origins import settled
 from cpd.compress import CompressConfig
 from cpd.errors import InputError, UnknownName
 from cpd.losses import resolve
@@ -62,7 +62,7 @@ def grid(folder: Path, **changes: Any) -> Study:
 
 
 def settle(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return _settled(checked(values))
+    return settled(checked(values))
 
 
 # the grid ----------------------------------------------------------------------------------------

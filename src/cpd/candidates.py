@@ -272,7 +272,9 @@ def _in_step(found: Candidates) -> Candidates:
 
 
 def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
-    """Turn scores into keys: the share of the pool that has gone by then, or the score itself."""
+    """Turn scores into keys: the share of the pool that has gone by then, what went in earlier
+    events included, or the score itself.
+    """
     starts = np.flatnonzero(np.diff(found.family, prepend=-1))
     ends = [*starts[1:], len(found)] if len(starts) else []
     for a, b in zip(starts, ends, strict=True):
@@ -280,15 +282,17 @@ def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
     if ranking == "global":
         return
     total: dict[object, int] = {}
+    gone: dict[object, int] = {}
     for pool, source in zip(pools, found.sources, strict=True):
         total[pool] = total.get(pool, 0) + source.family.width
+        gone[pool] = gone.get(pool, 0) + source.family.width - source.kept
     names = {pool: number for number, pool in enumerate(total)}
     pool_of = np.array([names[pool] for pool in pools], np.int64)[found.family]
     for pool, number in names.items():
         mine = np.flatnonzero(pool_of == number)
         order = mine[np.argsort(found.key[mine], kind="stable")]
         done = np.cumsum(found.units[order])
-        found.key[order] = (done - found.units[order] / 2) / total[pool]
+        found.key[order] = (gone[pool] + done - found.units[order] / 2) / total[pool]
 
 
 def _protected(found: Candidates, alive: Mask) -> Candidates:

@@ -54,8 +54,9 @@ def uniform(found: Candidates) -> Sequence[int]:
     share = np.empty(len(found))
     for family in np.unique(found.family).tolist():
         mine = np.flatnonzero(found.family == family)
-        gone = np.cumsum(found.units[mine]) - found.units[mine] / 2
-        share[mine] = gone / found.sources[family].family.width
+        source = found.sources[family]
+        gone = source.family.width - source.kept + np.cumsum(found.units[mine])
+        share[mine] = (gone - found.units[mine] / 2) / source.family.width
     order: list[int] = np.argsort(share, kind="stable").tolist()
     return order
 

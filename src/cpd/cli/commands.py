@@ -6,10 +6,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from cpd.cli.models import LIBRARIES, Source, named
+from cpd.cli.models import Source, named
+from cpd.cli.origins import made, noted, settled
 from cpd.cli.show import Bars, coverage, group_table, kept_table
-from cpd.distill import isolated
-from cpd.errors import ArtefactError, InputError
+from cpd.errors import ArtefactError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ class Shell:
         from cpd.explain import explain
 
         source = Source(model, model_args or {})
-        network = _made(source)
+        network = made(source)
         inputs = source.inputs(network, input_shape)
         kept = ignore or ()
         begun = perf_counter()
@@ -96,8 +96,8 @@ class Shell:
         from cpd.plan import Plan
         from cpd.verify import inputs_like
 
-        source = _noted(Path(folder), model, model_args)
-        network = exporters.load(folder, _made(source))
+        source = noted(Path(folder), model, model_args)
+        network = exporters.load(folder, made(source))
         plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
         path = Path(to) if to is not None else Path(folder) / "model.onnx"
         args, kwargs = inputs_like(plan)
@@ -208,7 +208,7 @@ class Shell:
         import cpd
 
         source = Source(model, model_args or {})
-        network = _made(source, weights, seed)
+        network = made(source, weights, seed)
         small, plan = cpd.prune(
             network,
             source.inputs(network, input_shape),
@@ -277,7 +277,7 @@ class Shell:
         from cpd.cli.sensitive import measured
         from cpd.files import write_text
 
-        network = _made(Source(model, model_args or {}), weights)
+        network = made(Source(model, model_args or {}), weights)
         found = measured(network, data, task, importance, batches, batch_size)
         self.console.print(str(found), markup=False, highlight=False, soft_wrap=True)
         if output is not None:
@@ -291,7 +291,7 @@ class Shell:
 
         from cpd.compress import compress
 
-        source, values = _settled(values)
+        source, values = settled(values)
         import torch
 
         main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
@@ -341,7 +341,7 @@ class Shell:
 
         found = grid.run(
             study,
-            lambda values: _settled(checked(values)),
+            lambda values: settled(checked(values)),
             minutes=minutes,
             only=only,
             costs=grid.Costs(seconds, threads) if cost_only else None,
@@ -354,63 +354,3 @@ class Shell:
 
 
 COMMANDS = ("comb", "prune", "export", "bench", "report", "sensitivity", "study")
-
-
-def _settled(values: dict[str, Any]) -> tuple[Source, dict[str, Any]]:
-    """Where the network comes from, and the other keywords of ``cpd.compress``, names resolved."""
-    source = Source(values.pop("model"))
-    for key in ("data", "task", "importance", "losses", "teacher"):
-        if key in values:
-            values[key] = values[key] if values[key] == "self" else named(key, values[key])
-    return source, values
-
-
-def _made(source: Source, weights: str | None = None, seed: int = 0) -> nn.Module:
-    """The network, the same for the same seed."""
-    from cpd.compress import load_weights
-
-    with isolated(seed):
-        network = source()
-    if weights is not None:
-        load_weights(network, weights)
-    return network
-
-
-def _noted(folder: Path, model: str | None, model_args: dict[str, Any] | None) -> Source:
-    """Where the network of an artefact came from: as typed, or as the folder says."""
-    from cpd.cli.flags import read
-
-    if model is not None:
-        return Source(model, model_args or {})
-    for name, inside in (("config.yaml", None), ("manifest.json", "extra")):
-        if not (folder / name).is_file():
-            continue
-        found: Any = read(folder / name)
-        found = found if inside is None else found.get(inside, {})
-        if isinstance(found, dict) and found.get("model"):
-            return _trusted(folder, found, model_args)
-    raise InputError(f"{folder} does not say where its network comes from; give --model")
-
-
-def _trusted(folder: Path, found: dict[str, Any], model_args: dict[str, Any] | None) -> Source:
-    """The network that a folder names: of a known library, made with plain numbers.
-
-    Raises:
-        InputError: the folder names code that would be imported, or texts that may name files.
-    """
-    spec = str(found["model"])
-    if spec.partition(":")[0] not in LIBRARIES:
-        raise InputError(
-            f"{folder} names {spec!r}, which is code of your own: only what you type is imported. "
-            f"Give --model {spec} if you trust it"
-        )
-    noted: Any = model_args if model_args is not None else found.get("model_args") or {}
-    if model_args is None:
-        for key, value in dict(noted).items():
-            entries = value if isinstance(value, list) else [value]
-            if not all(isinstance(entry, int | float | None) for entry in entries):
-                raise InputError(
-                    f"{folder} makes its network with {key}={value!r}, which may name a file: only "
-                    f"what you type is read. Give --model {spec} and its --model_args"
-                )
-    return Source(spec, dict(noted))
