@@ -92,7 +92,9 @@ def training(whole: Whole, small: nn.Module) -> str:
         return f"as before: {brief(error)}"
     twin = copy.deepcopy(small)
     after = _behaviour(twin, whole.inputs)
-    if after != before:
+    # statistics of a batch that are those of the norm before differ once channels are gone
+    lost = any(before[key] and not after[key] for key in before)
+    if lost or after["random"] != before["random"]:
         return f"behaves otherwise in training: {after}, not {before}"
     return _step(twin, whole.inputs)
 
