@@ -396,5 +396,5 @@ def test_comb_prints_time_and_coverage_and_writes_graphs(capsys: Any, tmp_path: 
     assert "conv2d in head" in shown
     assert dot.read_text(encoding="utf-8").startswith("digraph")
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert main([*words, "--html", str(dot / "graph.html")]) == 2
+    assert main([*words, "--html", str(dot / "graph.html")]) == 5
     assert "cannot write" in capsys.readouterr().err

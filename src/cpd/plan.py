@@ -336,6 +336,8 @@ def _numbers(runs: str, limit: int) -> np.ndarray:
 
 
 def _number(value: Any) -> float:
+    if not isfinite(value):
+        raise ValueError(f"a cost of {value}")
     return float(value) if isinstance(value, float) else int(value)
 
 

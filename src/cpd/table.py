@@ -66,7 +66,7 @@ class Table(Cost):
         self.groups, self.measure = groups, measure
         self.calls = [step for step in _new(groups) if not measure.fused or _product(step)]
         self._factor: dict[tuple[int, int], Factor] = {}
-        self._same: dict[tuple[bytes, int], Factor] = {}
+        self._same: dict[tuple[Any, ...], Factor] = {}
         super().__init__((1, tuple(self._factors(step))) for step in self.calls)
         self.base = np.array([f.layer.ids.shape[f.position] for f in self.factors], np.int64)
         self._memo: dict[tuple[Any, ...], float] = {}
@@ -132,7 +132,7 @@ class Table(Cost):
         if at not in self._factor:
             classes = self.groups.units.label[layer.ids]
             one = Factor(layer, at[1])
-            self._factor[at] = self._same.setdefault((classes.tobytes(), at[1]), one)
+            self._factor[at] = self._same.setdefault((classes.shape, classes.tobytes(), at[1]), one)
         return self._factor[at]
 
     def _factors(self, step: Step) -> list[Factor]:
