@@ -131,8 +131,13 @@ def measured_peak(model: nn.Module, x: torch.Tensor) -> int:
     names = [node.name for node in found.graph.nodes if node.op == "placeholder"]
     values = [held[found.tensors[n]].detach() if n in found.tensors else x for n in names]
     live = Live([x, *(tensor.detach() for tensor in held.values())])
-    with torch.no_grad(), live:
-        fx.Interpreter(nn.Module(), graph=found.graph).run(*values, enable_io_processing=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # kernels of attention keep sums for each thread
+    try:
+        with torch.no_grad(), live:
+            fx.Interpreter(nn.Module(), graph=found.graph).run(*values, enable_io_processing=False)
+    finally:
+        torch.set_num_threads(threads)
     return live.peak
 
 
