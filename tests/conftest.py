@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,8 +20,27 @@ settings.register_profile("house", derandomize=True, deadline=None)
 settings.load_profile("house")
 
 
+def switches() -> dict[str, object]:
+    """What PyTorch keeps for the whole process: a test that leaves it changed decides the next one."""
+    cuda = torch.backends.cuda
+    return {
+        "threads": torch.get_num_threads(),
+        "flash attention": cuda.flash_sdp_enabled(),
+        "mathematical attention": cuda.math_sdp_enabled(),
+        "efficient attention": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": torch.backends.cudnn.enabled,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "type": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
 @pytest.fixture(autouse=True)
-def _seeds() -> None:
+def _alone() -> Iterator[None]:
+    """Start every test from the same seeds, and let none change what the next one stands on."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test read the global generator
     torch.manual_seed(0)
+    before = switches()
+    yield
+    assert switches() == before

@@ -50,6 +50,32 @@ def hutchinson(
     return Hutchinson(kind, probes, members, aggregate, seed)
 
 
+class _Twice:
+    """Operators that can be differentiated twice, while anybody needs them.
+
+    PyTorch keeps the choice for the whole process, and several may watch one network: the first to
+    come changes it, the last to go puts it back, in whatever order they go.
+    """
+
+    def __init__(self) -> None:
+        self._users, self._within = 0, ExitStack()
+
+    def enter(self) -> None:
+        self._users += 1
+        if self._users == 1:
+            self._within.enter_context(sdpa_kernel(SDPBackend.MATH))
+            cudnn: Any = torch.backends.cudnn.flags(enabled=False)
+            self._within.enter_context(cudnn)
+
+    def leave(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._within.close()
+
+
+_TWICE = _Twice()
+
+
 class Hutchinson(Sums):
     """See `hutchinson`."""
 
@@ -62,7 +88,7 @@ class Hutchinson(Sums):
         self._pending: Scores = {}
         self._taken = 0
         self._handles: list[RemovableHandle] = []
-        self._within = ExitStack()
+        self._inside = False
 
     def start(self, model: nn.Module, groups: Groups) -> None:
         """Begin to watch; while it does, operators run that can be differentiated twice."""
@@ -74,13 +100,14 @@ class Hutchinson(Sums):
         ]
 
     def _before(self, *_: Any) -> None:
-        self._within.close()
-        self._within.enter_context(sdpa_kernel(SDPBackend.MATH))
-        cudnn: Any = torch.backends.cudnn.flags(enabled=False)
-        self._within.enter_context(cudnn)
+        if not self._inside:
+            self._inside = True
+            _TWICE.enter()
 
     def _after(self, *_: Any) -> None:
-        self._within.close()
+        if self._inside:
+            self._inside = False
+            _TWICE.leave()
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Estimate the curvature of a loss whose graph is still there; its backward pass may
@@ -170,7 +197,7 @@ class Hutchinson(Sums):
     def close(self) -> None:
         """Remove the hooks."""
         super().close()
-        self._within.close()
+        self._after()
         for handle in self._handles:
             handle.remove()
         self._handles = []
