@@ -21,7 +21,7 @@ settings.load_profile("house")
 
 
 def switches() -> dict[str, object]:
-    """What PyTorch keeps for the whole process: a test that leaves it changed decides the next one."""
+    """What PyTorch keeps for the whole process: left changed, it decides the next test."""
     cuda = torch.backends.cuda
     return {
         "threads": torch.get_num_threads(),
