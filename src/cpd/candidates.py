@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .branches import KIND, Branch
 from .channels import Ids
 from .errors import InputError
 from .groups import CouplingGroup, Groups
@@ -25,7 +26,7 @@ Floats = NDArray[np.float64]
 class Source:
     """A family that candidates come from: what is left of it now."""
 
-    group: CouplingGroup
+    group: CouplingGroup | Branch
     family: Family
     kept: int
 
@@ -127,11 +128,36 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             pool = {"isomorphic": (group.kind, position), "uniform": len(sources)}
             pools.append(pool.get(rules.ranking, "all"))
             sources.append(Source(group, family, kept))
+    for branch in _branches(groups, weights, alive, rules):
+        pools.append({"isomorphic": branch.kind, "uniform": KIND}.get(rules.ranking, "all"))
+        steps = np.array([[branch.number]])
+        parts.append((steps, weights.of(steps.ravel()), [1]))
+        sources.append(Source(branch, branch.family, 1))
     found = _gathered(groups, sources, parts, limited, (alive, values))
     if rules.uniform:
         found = _in_step(found)
     _rank(found, pools, rules.ranking)
     return _protected(found, alive)
+
+
+def _branches(groups: Groups, weights: _Weights, alive: Mask, rules: Rules) -> list[Branch]:
+    """Return the branches that may go: of those that are alike a share of `min_keep` stays, the
+    most important ones.
+    """
+    alike: dict[object, list[Branch]] = {}
+    for branch in groups.branches:
+        alike.setdefault(branch.kind, []).append(branch)
+    found: set[int] = set()
+    for mine in alike.values():
+        left = [branch for branch in mine if alive[branch.number]]
+        free = [
+            branch for branch in left
+            if rules.limits.get(branch.name, 1.0) > 0 and not rules.held[branch.inside].any()
+        ]  # fmt: skip
+        stay = max(ceil(rules.min_keep * len(mine)), 0) - (len(left) - len(free))
+        free.sort(key=lambda branch: float(weights.total[branch.number]))
+        found |= {branch.number for branch in free[: len(free) - max(stay, 0)]}
+    return [branch for branch in groups.branches if branch.number in found]
 
 
 class _Weights:
@@ -224,10 +250,17 @@ def _gathered(
     pairs = _with_blocks(groups, np.concatenate(rows or empty), np.concatenate(classes or empty))
     total = np.concatenate(score or [np.empty(0)])
     counts = np.concatenate(units or empty)
-    key = total / np.maximum(counts, 1)
-    return Candidates(
-        groups, sources, np.concatenate(family or empty), total, key, counts, pairs, limited, *held
-    )
+    numbers = np.concatenate(family or empty)
+    key = total / np.maximum(counts, 1) / _channels(sources)[numbers]
+    return Candidates(groups, sources, numbers, total, key, counts, pairs, limited, *held)
+
+
+def _channels(sources: list[Source]) -> Floats:
+    """Return what the score of one unit is divided by to be compared: a branch counts as the mean
+    of its channels.
+    """
+    of = [len(x.group.inside) if isinstance(x.group, Branch) else 1 for x in sources]
+    return np.array(of, np.float64)
 
 
 def _with_blocks(groups: Groups, rows: Ids, classes: Ids) -> tuple[Ids, Ids]:
@@ -248,6 +281,9 @@ def _in_step(found: Candidates) -> Candidates:
     """
     ties: dict[object, list[int]] = {}
     for number, source in enumerate(found.sources):
+        if isinstance(source.group, Branch):  # each by itself: all that are alike would all go
+            ties[number] = [number]
+            continue
         at = source.group.families.index(source.family)
         alike = (source.group.kind, at, source.family.kind, source.family.width, source.kept)
         ties.setdefault(alike, []).append(number)
@@ -301,9 +337,11 @@ def _protected(found: Candidates, alive: Mask) -> Candidates:
     """
     candidate, classes = found.classes
     stays = np.ones(len(found), bool)
+    of_branch = np.array([isinstance(x.group, Branch) for x in found.sources], bool)
+    whole = of_branch[found.family] if len(found) else np.ones(0, bool)
     for run in found.groups.units.nonempty:
         left = run[alive[run]]
-        mine = stays[candidate] & np.isin(classes, left)
+        mine = stays[candidate] & np.isin(classes, left) & ~whole[candidate]
         first = np.full(len(alive), np.inf)
         np.minimum.at(first, classes[mine], found.key[candidate[mine]])
         if not len(left) or not np.isfinite(first[left]).all():

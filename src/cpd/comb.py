@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
+from .branches import find_branches
 from .channels import Ids, components
 from .errors import InputError, TraceError, UnknownName
 from .graph import Pinned, Reader
@@ -38,6 +39,7 @@ def comb(
     exact: bool = False,
     unknown: str = "freeze",
     keep_class: str = "loose",
+    depth: bool = False,
 ) -> Groups:
     """Find the coupling groups of a network.
 
@@ -51,6 +53,8 @@ def comb(
             it.
         keep_class: "loose" lets a module whose code computes a size that no attribute holds run a
             forward as data, in a subclass of its class; "strict" keeps its channels instead.
+        depth: also find residual branches that may go whole (`groups.branches`); those that cannot
+            are in `groups.whole`, with the reason.
 
     Raises:
         InputError: the model does not run on the inputs, or `ignore` names nothing.
@@ -72,7 +76,7 @@ def comb(
         reader.read_training(training)
     _note_unused(model, reader)
     _freeze_untouched(reader)
-    _freeze_ignored(model, reader, ignored)
+    held = _freeze_ignored(model, reader, ignored)
     replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
     _freeze_unheld(model, reader, replaced)
     _balance_shared(model, reader)
@@ -83,6 +87,8 @@ def comb(
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins, replaced)
     groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
+    if depth:
+        groups.options["depth"] = True
     groups.options["ignore"] = [_name(model, x) for x in ignored]
     signature = _signatures(groups)
     units.families = [f for f in units.families if _in_tensors(units, f, signature)]
@@ -91,7 +97,10 @@ def comb(
     units.keep_multiples()
     units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
-    return finish(groups)
+    finish(groups)
+    if depth:
+        find_branches(groups, held)
+    return groups
 
 
 def _name(model: nn.Module, item: str | nn.Module) -> str:
@@ -103,7 +112,11 @@ def _name(model: nn.Module, item: str | nn.Module) -> str:
     raise InputError(f"ignore has a {type(item).__name__} that is no part of the model")
 
 
-def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Module]) -> None:
+def _freeze_ignored(
+    model: nn.Module, reader: Reader, ignore: list[str | nn.Module]
+) -> set[str]:
+    """Keep the widths that the user wants to stay; return the tensors that were meant."""
+    every: set[str] = set()
     consumed = _consumed(reader)
     names = [name for name, _ in named_tensors(model)]
     for item in ignore:
@@ -116,10 +129,12 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
         if not found:
             modules = [name for name, _ in model.named_modules() if name]
             raise UnknownName("module or tensor to ignore", pattern, modules)
+        every |= {reader.trace.aliases[name] for name in found}
         for first in {reader.trace.aliases[name] for name in found}:
             made = [x for x in reader.labels[first].layers if (first, x.owner) not in consumed]
             for layer in made:
                 reader.channels.freeze(layer.ids, "ignored by the user")
+    return every
 
 
 def _training(model: nn.Module, graph: Trace, example_inputs: Inputs) -> Trace | None:

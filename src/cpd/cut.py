@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .errors import VerifyError
-from .plan import Kept, Plan
+from .kept import Kept
+from .plan import Plan
 from .surgery import change, rebuild
 
 
@@ -31,7 +32,7 @@ def cut(model: nn.Module, plan: Plan, *, verify: bool = True) -> nn.Module:
     held = dict(_first_named(model, plan))
     for name in {**plan.kept, **plan.rescale}:
         tensors[name] = cut_tensor(held[name], plan, name)
-    small = rebuild(model, tensors, _attributes(model, plan), plan.forwards)
+    small = rebuild(model, tensors, _attributes(model, plan), plan.forwards, plan.gone)
     if verify:
         from .verify import verify as prove  # verify reads cut_tensor, so the import waits
 
@@ -106,7 +107,7 @@ def cut_in_place(model: nn.Module, plan: Plan, since: Plan | None = None) -> dic
     done = slices(plan, since)
     held = _held(model)
     tensors = {name: each.of(held[name]) for name, each in done.items()}
-    change(model, tensors, _attributes(model, plan), plan.forwards)
+    change(model, tensors, _attributes(model, plan), plan.forwards, plan.gone)
     return done
 
 

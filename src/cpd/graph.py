@@ -32,6 +32,7 @@ class Step:
     args: dict[str, Any] = field(default_factory=dict)
     sizes: list[Size] = field(default_factory=list)
     lossy: bool = False
+    macs: list[tuple[int, tuple[Factor, ...]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Reader:
             result = [result] * len(out)
         self._mutated(node, call)
         sizes = call.sizes
-        self.steps.append(Step(node, result, call.args, sizes, call.lossy))
+        self.steps.append(Step(node, result, call.args, sizes, call.lossy, call.macs))
         self.pins += [(node, pin) for pin in call.pins]
         self.macs += call.macs
         if any(arg in self.weights for arg in _nodes(node.args[1:3])):

@@ -10,12 +10,14 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
+from .branches import Branch, Whole
 from .channels import Ids, Place, Reason
 from .errors import InputError
 from .graph import Pinned, Step
 from .labels import Labels, Mask, spread
 from .liveness import Peak, peak
 from .replace import Replacements
+from .rules import Factor
 from .sizes import Site
 from .terms import Cost, Terms
 from .trace import Trace
@@ -165,6 +167,9 @@ class Groups:
     consumed: set[tuple[str, int]]
     activation: dict[str, float]
     model: nn.Module
+    branches: tuple[Branch, ...] = ()
+    whole: tuple[Whole, ...] = ()
+    gates: dict[Any, tuple[Factor, ...]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[CouplingGroup]:
         return iter(self.groups)
@@ -198,7 +203,7 @@ class Groups:
         """What is held at once while the network runs, at the traced batch."""
         mine = self.trace.graph
         steps = [step for step in self.steps if step.node.graph is mine]
-        return peak(self.model, self.trace, steps, self.labels)
+        return peak(self.model, self.trace, steps, self.labels, self.gates)
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
@@ -217,7 +222,7 @@ class Groups:
         Rows over them stay as rows, or their columns as columns: heads whose dims may go, or heads
         that may go whole.
         """
-        owner, causes = self._owners()[0], self.causes
+        owner, causes = self.owners()[0], self.causes
         found: list[set[int]] = [set(causes[group.classes].tolist()) for group in self.groups]
         for block, below in self.units.below.items():
             mine = np.unique(owner[below]) if owner[block] < 0 else below[:0]
@@ -245,7 +250,7 @@ class Groups:
             lines.append(f"    and {len(found) - _HELD} more reasons")
         return ["  held back, to go only with others:", *lines] if lines else []
 
-    def _owners(self) -> tuple[Ids, Ids]:
+    def owners(self) -> tuple[Ids, Ids]:
         """Return for each class the number of its group, or -1, and its place in that."""
         owner = np.full(self.units.count, -1, np.int64)
         place = np.zeros(self.units.count, np.int64)
@@ -257,7 +262,7 @@ class Groups:
     @cached_property
     def members(self) -> dict[str, tuple[Member, ...]]:
         """Group name -> members, in the order of the model's tensors."""
-        owner, place = self._owners()
+        owner, place = self.owners()
         found: list[list[Member]] = [[] for _ in self.groups]
         for tensor, layer in ((t, x) for t, labels in self.labels.items() for x in labels.layers):
             classes = self.units.label[layer.ids]
@@ -278,7 +283,7 @@ class Groups:
         shares overlap: they add up to more than the `coverage`.
         """
         alone = {group.name: dict[str, float]() for group in self.groups}
-        owner = self._owners()[0][self.units.label]
+        owner = self.owners()[0][self.units.label]
         for name, terms in self.costs.items():
             whole = self.cost(name, self.everything())
             for group, left in zip(self.groups, terms.without_each(owner, len(self)), strict=True):

@@ -31,8 +31,8 @@ def matched(
     rigid: list[Size] = []
     places: dict[Place, list[Size]] = {}
     graph = forward.graphs["eval"]
-    training = _training(forward)
-    for number, step in _aligned(graph, steps):
+    training = in_training(forward)
+    for number, step in aligned(graph, steps):
         for size in step.sizes:
             place = _place("eval", number, step, size)
             held = _held(graph[number], place)
@@ -54,7 +54,7 @@ def matched(
     return {place: tuple(sizes) for place, sizes in places.items()}, rigid
 
 
-def _training(forward: Forward) -> dict[int, int]:
+def in_training(forward: Forward) -> dict[int, int]:
     """Return which call in evaluation is which in training."""
     evaluation, training = ([x["op"] for x in forward.graphs[mode]] for mode in ("eval", "train"))
     runs = SequenceMatcher(None, evaluation, training, autojunk=False).get_matching_blocks()
@@ -67,7 +67,7 @@ def _number(training: Mapping[int, int], number: int) -> int:
     return training[number]
 
 
-def _aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
+def aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
     """Pair the calls of the trace with those of the forward, which may be called several times."""
     numbers = [k for k, node in enumerate(graph) if "." in node["op"]]
     at = 0
@@ -132,13 +132,13 @@ def _infer(node: Data, place: Place) -> None:
 def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:
     """Return the attentions that divide by the root of the head size that they find."""
     found: dict[Place, tuple[Labels, int]] = {}
-    for number, step in _aligned(forward.graphs["eval"], steps):
+    for number, step in aligned(forward.graphs["eval"], steps):
         query = step.args.get("query")
         default = step.args.get("scale") is None
         if not isinstance(query, Labels) or "attention" not in str(step.node.target) or not default:
             continue
         found["eval", number, "scale", None] = (query, len(query.shape) - 1)
-    training = _training(forward)
+    training = in_training(forward)
     for (_, number, _, _), value in list(found.items()):
         found["train", _number(training, number), "scale", None] = value
     return found

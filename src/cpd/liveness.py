@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from .graph import Step
 from .labels import Labels, Mask
+from .rules import Factor
 from .terms import Cost, Item, Values, factors_of
 from .trace import Trace, location, named_tensors
 
@@ -59,23 +60,30 @@ class Peak(Cost):
 
 
 def peak(
-    model: nn.Module, trace: Trace, steps: Iterable[Step], labels: Mapping[str, Labels]
+    model: nn.Module,
+    trace: Trace,
+    steps: Iterable[Step],
+    labels: Mapping[str, Labels],
+    gates: Mapping[Any, tuple[Factor, ...]] | None = None,
 ) -> Peak:
     """Return the memory of a traced network in bytes, at the batch that it was traced with.
 
-    `steps`: all calls with the labels of what they put out; `labels`: those of each tensor.
+    `steps`: all calls with the labels of what they put out; `labels`: those of each tensor;
+    `gates`: factors of what calls put out, and of tensors, that are 0 once a branch has gone.
     """
+    gates = gates or {}
     nodes = list(trace.graph.nodes)
     calls = [node for node in nodes if node.op not in ("placeholder", "get_attr")]
     given = [node for node in nodes if node.op == "placeholder"]
     last = max(len(calls) - 1, 0)
-    held = [_Held(item, 0, last) for item in _weights(model, trace, labels)]
+    held = [_Held(item, 0, last) for item in _weights(model, trace, labels, gates)]
     storages: dict[int, _Held] = {}
     for node in given:
         inside = node.name in trace.tensors or node.name in trace.constants  # counted above
         for value in _tensors(node.meta.get("val")):
             storages[_storage(value)] = _Held((0 if inside else _bytes(value), ()), 0, last)
     made = {step.node: step.out for step in steps}
+    gated: dict[int, tuple[Factor, ...]] = {}
     for time, node in enumerate(calls):
         for storage in (x for source in node.all_input_nodes for x in _storages(source)):
             if storage in storages:
@@ -83,16 +91,29 @@ def peak(
         out = made.get(node)
         for number, value in enumerate(_tensors(node.meta.get("val"))):
             one = out[number] if isinstance(out, list) else out
-            storages.setdefault(_storage(value), _Held(_item(value, one), time, time))
+            key, behind = _storage(value), gates.get(node, ())
+            if behind and key not in storages:
+                gated[key] = behind
+            elif key in gated and behind != gated[key]:
+                # what a branch made is written to outside of it: without the branch it begins here
+                storages[key].last = time - 1
+                held.append(storages.pop(key))
+                gated.pop(key)
+            storages.setdefault(key, _Held(_gated(_item(value, one), behind), time, time))
     places = [_place(node) for node in calls] or [""]
     return Peak([*held, *(one for one in storages.values() if one.item[0])], places)
 
 
-def _weights(model: nn.Module, trace: Trace, labels: Mapping[str, Labels]) -> Iterable[Item]:
+def _weights(
+    model: nn.Module,
+    trace: Trace,
+    labels: Mapping[str, Labels],
+    gates: Mapping[Any, tuple[Factor, ...]],
+) -> Iterable[Item]:
     """The bytes of every parameter, buffer and constant, tied ones once."""
     for name, tensor in named_tensors(model):
         if trace.aliases[name] == name:
-            yield _item(tensor, labels.get(name))
+            yield _gated(_item(tensor, labels.get(name)), gates.get(name, ()))
     yield sum(_bytes(tensor) for tensor in trace.constants.values()), ()
 
 
@@ -101,6 +122,10 @@ def _item(value: torch.Tensor, labels: Any) -> Item:
         return _bytes(value), ()
     times, factors = factors_of(labels, value.shape)
     return times * value.element_size(), factors
+
+
+def _gated(item: Item, behind: tuple[Factor, ...]) -> Item:
+    return item[0], (*item[1], *behind)
 
 
 def _bytes(value: torch.Tensor) -> int:

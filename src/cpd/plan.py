@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from torch import nn
 
 from .errors import ArtefactError, PlanMismatch
 from .forward import Forward
+from .kept import Kept, beyond, composed, placed
 from .labels import Mask
 from .trace import named_tensors
 
 if TYPE_CHECKING:
     from .groups import Groups
 
-FORMAT = 2
+FORMAT = 3
 _MOST = 1 << 27  # entries of all masks of a plan: a file may not ask for more memory
 _NO_PLAN = (
     ValueError,
@@ -31,31 +33,6 @@ _NO_PLAN = (
     RecursionError,
     MemoryError,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """What stays along some axes of a tensor: `mask` has one dimension for each of `axes`."""
-
-    axes: tuple[int, ...]
-    mask: Mask
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Kept):
-            return NotImplemented
-        return self.axes == other.axes and np.array_equal(self.mask, other.mask)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """What is left of each axis, counted from the outside in."""
-        left: Any = self.mask
-        sizes = []
-        for _ in self.axes:
-            sizes.append(int(left.reshape(-1, left.shape[-1]).sum(-1).max(initial=0)))
-            left = left.any(-1)
-        return tuple(reversed(sizes))
 
 
 @dataclass(frozen=True)
@@ -75,6 +52,7 @@ class Plan:
     `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
     `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was
     made for. `forwards`: module path -> what it computes, where its own code cannot follow.
+    `branches`: residual branch that goes whole -> all names of its tensors, of which nothing is left.
     `costs`: name -> (before, after), exact where counted. `notes`: how far below its budgets it is,
     and why.
     """
@@ -91,7 +69,13 @@ class Plan:
     inputs: dict[str, Any]
     forwards: dict[str, Forward] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
     groups: Groups | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def gone(self) -> frozenset[str]:
+        """Names of the tensors of which nothing is left, since their branch goes whole."""
+        return frozenset(name for names in self.branches.values() for name in names)
 
     def masks(self) -> dict[str, torch.Tensor]:
         """Return name -> bool tensor of the original's shape, True = kept, for every tensor that
@@ -103,13 +87,13 @@ class Plan:
                 shape = self.shapes[first]
                 mask = np.ones((1,) * len(shape), bool)
                 for part in self.kept[first]:
-                    mask = mask & _placed(part, len(shape))
+                    mask = mask & placed(part, len(shape))
                 result[name] = torch.from_numpy(np.broadcast_to(mask, shape).copy())
-        return result
+        return result | {name: torch.zeros(self.shapes[name], dtype=torch.bool) for name in self.gone}
 
     def new_shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape after cutting."""
-        shape = list(self.shapes[name])
+        """Return a tensor's shape after cutting (all zero where its branch goes whole)."""
+        shape = [0 if name in self.gone else size for size in self.shapes[name]]
         for part in self.kept.get(self.aliases[name], ()):
             for axis, size in zip(part.axes, part.sizes, strict=True):
                 shape[axis] = size
@@ -137,11 +121,12 @@ class Plan:
         """Return the plan that cuts at once what this one and then `later` (made for its result)
         cut.
         """
-        if later.shapes != {name: self.new_shape(name) for name in self.shapes}:
+        left = {name: self.new_shape(name) for name in self.shapes if name not in self.gone}
+        if later.shapes != left:
             raise PlanMismatch("the later plan was not made for what this plan leaves")
         kept = {}
-        for name in {**self.kept, **later.kept}:
-            kept[name] = _composed(
+        for name in (x for x in {**self.kept, **later.kept} if x not in later.gone):
+            kept[name] = composed(
                 self.kept.get(name, ()), later.kept.get(name, ()), self.shapes[name]
             )
         attributes = {path: dict(values) for path, values in self.attributes.items()}
@@ -152,6 +137,7 @@ class Plan:
             _widths_then(self.widths, later.widths),
             {k: (self.costs[k][0], later.costs[k][1]) for k in self.costs if k in later.costs},
             later.options, self.inputs, {**self.forwards, **later.forwards}, later.notes,
+            self.branches | {_new(name, self.branches): v for name, v in later.branches.items()},
         )  # fmt: skip
 
     def beyond(self, first: Plan) -> dict[str, tuple[Kept, ...]]:
@@ -160,7 +146,7 @@ class Plan:
         """
         result = {}
         for name in self.kept:
-            parts = _beyond(first.kept.get(name, ()), self.kept[name], self.shapes[name])
+            parts = beyond(first.kept.get(name, ()), self.kept[name], self.shapes[name])
             if parts:
                 result[name] = parts
         return result
@@ -181,7 +167,7 @@ class Plan:
         """Return the plan as JSON text."""
         return json.dumps(
             {
-                "format": FORMAT,
+                "format": FORMAT if self.branches else 2,  # older versions read what they can
                 "model": self.model,
                 "costs": {key: list(value) for key, value in self.costs.items()},
                 "options": self.options,
@@ -198,6 +184,7 @@ class Plan:
                     for name, parts in self.kept.items()
                 },
                 "attributes": self.attributes,
+                **({"branches": self.branches} if self.branches else {}),
                 "forwards": {path: forward.to_data() for path, forward in self.forwards.items()},
                 "rescale": {
                     name: {"rows": _runs_of(rows), "factor": factor}
@@ -232,71 +219,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def _placed(part: Kept, rank: int) -> Mask:
-    shape = [1] * rank
-    for axis, size in zip(part.axes, part.mask.shape, strict=True):
-        shape[axis] = size
-    return part.mask.reshape(shape)
-
-
-def parts_of(layers: Sequence[tuple[tuple[int, ...], Mask]]) -> tuple[Kept, ...]:
-    """Join masks over axes, in increasing order each, into parts with disjoint axes."""
-    parts: list[Kept] = []
-    for axes, mask in layers:
-        touching = [part for part in parts if set(part.axes) & set(axes)]
-        parts = [part for part in parts if not set(part.axes) & set(axes)]
-        parts.append(_anded([*touching, Kept(axes, mask)]))
-    return tuple(sorted((p for p in parts if not p.mask.all()), key=lambda part: part.axes))
-
-
-def _anded(parts: Sequence[Kept]) -> Kept:
-    axes = tuple(sorted({axis for part in parts for axis in part.axes}))
-    mask = np.ones((1,) * len(axes), bool)
-    for part in parts:
-        moved = Kept(tuple(axes.index(axis) for axis in part.axes), part.mask)
-        mask = mask & _placed(moved, len(axes))
-    return Kept(axes, mask)
-
-
-def _composed(
-    first: Sequence[Kept], later: Sequence[Kept], shape: Sequence[int]
-) -> tuple[Kept, ...]:
-    """Each part of the later plan speaks of what the first one left."""
-    result = []
-    for axes in _spans([*first, *later]):
-        span = set(axes)
-        whole = Kept(axes, np.ones([shape[axis] for axis in axes], bool))
-        mask = _anded([whole, *(p for p in first if set(p.axes) <= span)])
-        rest = Kept(axes, np.ones(mask.sizes, bool))
-        after = _anded([rest, *(p for p in later if set(p.axes) <= span)])
-        joined = mask.mask.copy()
-        joined[mask.mask] = after.mask.ravel()
-        result.append(Kept(axes, joined))
-    return tuple(result)
-
-
-def _beyond(first: Sequence[Kept], total: Sequence[Kept], shape: Sequence[int]) -> tuple[Kept, ...]:
-    """The inverse of `_composed`: the later plan of the first one and both together."""
-    result = []
-    for axes in _spans([*first, *total]):
-        whole = Kept(axes, np.ones([shape[axis] for axis in axes], bool))
-        before = _anded([whole, *(p for p in first if set(p.axes) <= set(axes))])
-        after = _anded([whole, *(p for p in total if set(p.axes) <= set(axes))])
-        if (after.mask & ~before.mask).any():
-            raise PlanMismatch("the further plan keeps what the plan before it has removed")
-        left = after.mask[before.mask].reshape(before.sizes)
-        if not left.all():
-            result.append(Kept(axes, left))
-    return tuple(result)
-
-
-def _spans(parts: Sequence[Kept]) -> list[tuple[int, ...]]:
-    """Axes that parts hold jointly."""
-    spans: list[set[int]] = []
-    for part in parts:
-        span = set(part.axes).union(*(s for s in spans if s & set(part.axes)))
-        spans = [s for s in spans if not s & span] + [span]
-    return [tuple(sorted(span)) for span in spans]
+def _new(name: str, taken: Collection[str]) -> str:
+    """Return a name that is not taken."""
+    while name in taken:
+        name += "'"
+    return name
 
 
 def _widths_then(first: Sequence[Width], later: Sequence[Width]) -> tuple[Width, ...]:
@@ -342,7 +269,7 @@ def _number(value: Any) -> float:
 
 
 def _from_dict(data: Mapping[str, Any]) -> Plan:
-    if data["format"] not in (1, FORMAT):
+    if data["format"] not in (1, 2, FORMAT):
         raise ValueError(f"format {data['format']}")
     shapes = {name: tuple(map(int, shape)) for name, shape in data["shapes"].items()}
     _check_sizes(data, shapes)
@@ -365,7 +292,22 @@ def _from_dict(data: Mapping[str, Any]) -> Plan:
             path: Forward.from_data(forward) for path, forward in data.get("forwards", {}).items()
         },  # format 1 had none
         notes=tuple(map(str, data.get("notes", ()))),
+        branches=_branches(data, shapes),
     )
+
+
+def _branches(
+    data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Return what goes whole; formats 1 and 2 have none. Nothing goes twice, or is kept too."""
+    found = {str(k): tuple(map(str, names)) for k, names in data.get("branches", {}).items()}
+    names = [name for names in found.values() for name in names]
+    entries = sum(prod(shapes[name]) for name in names)
+    if len(set(names)) < len(names) or {*names} & {*data["kept"], *data["rescale"]}:
+        raise ValueError("a tensor goes twice")
+    if entries > _MOST:
+        raise ValueError(f"masks of {entries} entries; {_MOST} are allowed")
+    return found
 
 
 def _check_sizes(data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

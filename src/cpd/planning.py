@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from .branches import KIND, Branch, dead_branches
+from .drop import dropped
+from .forward import Forward
 from .groups import Groups
+from .kept import parts_of
 from .labels import Mask, axis_size, new_shape
-from .plan import Plan, Width, parts_of
+from .plan import Plan, Width
 from .sizes import attribute_values
 from .surgery import rebuild
 from .trace import location, named_tensors
@@ -31,9 +35,14 @@ def plan_of(
     `costs`: those to predict besides MACs and parameters; `measured`: others, before and after;
     `notes`: what is to be said about it.
     """
-    of_ids = alive[groups.units.label]
+    dead = dead_branches(groups, alive)
+    branches = {branch.name: branch.tensors for branch in dead}
+    gone = {name for names in branches.values() for name in names}
+    of_ids = _outside(groups, alive)[groups.units.label]
     kept = {}
     for name, labels in groups.labels.items():
+        if name in gone:
+            continue
         layers = []
         for layer in labels.layers:
             mask = of_ids[layer.ids]
@@ -48,10 +57,11 @@ def plan_of(
         shapes=dict(groups.trace.shapes),
         aliases=dict(groups.trace.aliases),
         kept=kept,
-        attributes=_attributes(groups, of_ids),
-        rescale=_rescale(groups, of_ids),
-        forwards=groups.replaced.at(of_ids),
+        attributes=_left(_attributes(groups, of_ids), groups, dead),
+        rescale={k: v for k, v in _rescale(groups, of_ids).items() if k not in gone},
+        forwards=_left(_forwards(groups, of_ids, dead), groups, dead),
         widths=_widths(groups, alive),
+        branches=branches,
         costs={
             name: (groups.cost(name, everything), groups.cost(name, alive))
             for name in dict.fromkeys((*groups.costs, *costs))
@@ -62,6 +72,42 @@ def plan_of(
         inputs=describe(groups.trace.args, groups.trace.kwargs),
         groups=groups,
     )
+
+
+def _outside(groups: Groups, alive: Mask) -> Mask:
+    """Return the live classes, with all that went with a branch only: nothing computes with it, and
+    nothing has to follow it.
+    """
+    found = alive.copy()
+    for branch in groups.branches:
+        if not alive[branch.number]:
+            found[branch.inside] = True
+    return found
+
+
+def _forwards(groups: Groups, of_ids: Mask, dead: Sequence[Branch]) -> dict[str, Forward]:
+    """Return the forwards that modules run as data; those that add a dead branch no longer do."""
+    found = groups.replaced.at(of_ids)
+    by_path: dict[str, list[Branch]] = {}
+    for branch in dead:
+        by_path.setdefault(branch.place.path, []).append(branch)
+    for path, mine in by_path.items():
+        whole = mine[0].template
+        forward = found.get(path) or whole.at(of_ids) or whole.forward
+        found[path] = dropped(forward, [branch.addition for branch in mine])
+    return found
+
+
+def _left(found: dict[str, Any], groups: Groups, dead: Sequence[Branch]) -> dict[str, Any]:
+    """Leave out what belongs to modules that lose all of their tensors, and do not add."""
+    gone = {name for branch in dead for name in branch.tensors}
+    adding = {branch.place.path for branch in dead}
+
+    def stays(path: str) -> bool:
+        mine = {x for x in groups.trace.aliases if not path or x.startswith(f"{path}.")}
+        return path in adding or not mine or not mine <= gone
+
+    return {path: value for path, value in found.items() if not gone or stays(path)}
 
 
 def _attributes(groups: Groups, of_ids: Mask) -> dict[str, dict[str, Any]]:
@@ -100,15 +146,18 @@ def shaped(groups: Groups, alive: Mask) -> nn.Module:
     """Return a network of the shapes that are left, with the first of all weights: it can be timed,
     and computes nothing of use.
     """
-    of_ids = alive[groups.units.label]
+    dead = dead_branches(groups, alive)
+    gone = {name for branch in dead for name in branch.tensors}
+    of_ids = _outside(groups, alive)[groups.units.label]
     tensors = {}
     for name, tensor in named_tensors(groups.model):
         labels = groups.labels[groups.trace.aliases[name]]
         shape = new_shape(labels, of_ids) if labels.layers else tuple(tensor.shape)
         if shape != tuple(tensor.shape):
             tensors[name] = tensor.detach()[tuple(slice(0, size) for size in shape)].clone()
-    values = attribute_values(groups.model, groups.sites, of_ids)
-    return rebuild(groups.model, tensors, values, groups.replaced.at(of_ids)).eval()
+    values = _left(attribute_values(groups.model, groups.sites, of_ids), groups, dead)
+    forwards = _left(_forwards(groups, of_ids, dead), groups, dead)
+    return rebuild(groups.model, tensors, values, forwards, gone).eval()
 
 
 def _widths(groups: Groups, alive: Mask) -> tuple[Width, ...]:
@@ -118,6 +167,7 @@ def _widths(groups: Groups, alive: Mask) -> tuple[Width, ...]:
             left = [c for c in family.clusters if alive[c].any()] or list(family.clusters)
             gone = max(int((~alive[c]).sum()) for c in left)
             widths.append(Width(group.name, family.kind, family.width, family.width - gone))
+    widths += [Width(x.name, KIND, 1, int(alive[x.number])) for x in groups.branches]
     return tuple(widths)
 
 
@@ -125,14 +175,18 @@ def alive_of(groups: Groups, plan: Plan) -> Mask:
     """Return the classes that a plan for the same network keeps."""
     plan.check(groups.model)
     alive = np.ones(groups.units.count, bool)
+    gone = plan.gone
+    for branch in (x for x in groups.branches if set(x.tensors) <= gone):
+        alive[groups.units.closure([branch.number])] = False
     for name, part in ((name, part) for name, parts in plan.kept.items() for part in parts):
         for layer in (x for x in groups.labels[name].layers if set(x.axes) <= set(part.axes)):
             gone = tuple(k for k, axis in enumerate(part.axes) if axis not in layer.axes)
             classes = groups.units.label[layer.ids]
             alive[np.setdiff1d(classes, classes[part.mask.any(axis=gone)])] = False
+    whole = {branch.number for branch in groups.branches}
     for _ in range(4):
         for block, items in groups.units.below.items():
-            if len(items) and not alive[items].any():
+            if block not in whole and len(items) and not alive[items].any():
                 alive[block] = False
     return alive
 

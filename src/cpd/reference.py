@@ -45,6 +45,13 @@ class Reference(fx.Interpreter):
         model_types = (p.dtype for p in groups.model.parameters() if p.is_floating_point())
         self.traced = next(model_types, None)
         self.watch: Callable[[fx.Node, Any], None] | None = None
+        # of a branch that goes whole the calls run as they are: that they end in zero is proved
+        self.whole = {
+            node
+            for branch in groups.branches
+            if not of_ids[branch.id]
+            for node in branch.place.nodes
+        }
 
     def outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """Return the output tensors for inputs of the traced shapes."""
@@ -84,9 +91,9 @@ class Reference(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a statistic runs on what is alive."""
         step = self.steps.get(n)
-        lossy = step is not None and step.lossy
+        lossy = step is not None and step.lossy and n not in self.whole
         value = self._statistic(n) if lossy else self._plain(n)
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and n not in self.whole:
             value = self._defined(n, value)
         if self.watch is not None:
             self.watch(n, value)

@@ -8,7 +8,7 @@ decides what to remove.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ def rebuild(
     tensors: Mapping[str, torch.Tensor],
     attributes: Attributes,
     forwards: Mapping[str, Forward] | None = None,
+    gone: Collection[str] = (),
 ) -> nn.Module:
     """Return a deep copy of `model` with `tensors` in place of those of the same name (any alias
     will do).
 
-    `attributes` maps module path -> attribute -> new value, `forwards` module path -> forward.
+    `attributes` maps module path -> attribute -> new value, `forwards` module path -> forward. Of
+    the tensors in `gone` (all their names) nothing is left.
     """
     memo: dict[int, Any] = {}
     for name, tensor in tensors.items():
@@ -48,6 +50,7 @@ def rebuild(
         memo[id(old)] = tensor
     result = _copy(model, memo)
     _keep_modes(model, result)
+    remove(result, gone, forwards or {})
     _settle(result, set(tensors), attributes, forwards or {})
     return result
 
@@ -57,6 +60,7 @@ def change(
     tensors: Mapping[str, torch.Tensor],
     attributes: Attributes,
     forwards: Mapping[str, Forward],
+    gone: Collection[str] = (),
 ) -> None:
     """Do in place what `rebuild` does in a copy: parameters and buffers stay the same objects.
 
@@ -74,7 +78,39 @@ def change(
         other = torch.float32 if tensor.dtype != torch.float32 else torch.float64
         old.data = torch.empty(0, dtype=other, device=tensor.device)
         old.data = tensor
+    remove(model, gone, forwards)
     _settle(model, set(tensors), attributes, forwards)
+
+
+def remove(model: nn.Module, gone: Collection[str], forwards: Collection[str]) -> None:
+    """Take tensors out of a model. A module that loses all of its own becomes an identity, which
+    nothing calls; one that runs a forward as data, or holds one that does, stays what it is.
+    """
+    held = dict(model.named_modules(remove_duplicate=False)) if gone else {}
+    for path in list(_emptied(held, set(gone), forwards)):
+        owner, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Identity().train(held[path].training))
+    left = dict(model.named_modules(remove_duplicate=False)) if gone else {}
+    for name in gone:
+        owner, _, leaf = name.rpartition(".")
+        if owner in left and hasattr(left[owner], leaf):
+            setattr(left[owner], leaf, None)
+
+
+def _emptied(
+    modules: Mapping[str, nn.Module], gone: set[str], forwards: Collection[str]
+) -> Iterator[str]:
+    """Name the outermost modules that lose all of their tensors."""
+    last = "\n"
+    for path, module in modules.items():
+        if not path or path.startswith(f"{last}."):
+            continue
+        tensors = [*module.named_parameters(remove_duplicate=False)]
+        tensors += module.named_buffers(remove_duplicate=False)
+        busy = any(f"{at}.".startswith(f"{path}.") for at in forwards)
+        if tensors and not busy and all(f"{path}.{name}" in gone for name, _ in tensors):
+            yield path
+            last = path
 
 
 def _settle(

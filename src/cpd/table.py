@@ -142,7 +142,7 @@ class Table(Cost):
             for one in (self.factor(labels, axis) for axis in range(len(labels.shape))):
                 if one is not None:
                     found.setdefault(id(one), one)
-        return list(found.values())
+        return [*found.values(), *self.groups.gates.get(step.node, ())]
 
 
 def ladder(width: int) -> Ids:

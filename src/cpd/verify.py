@@ -73,7 +73,7 @@ def verify(
         InputError: the plan holds no input shapes, and no inputs were given.
     """
     plan.check(model)
-    differ = {name for name, _ in named_tensors(small)} ^ set(plan.shapes)
+    differ = {name for name, _ in named_tensors(small)} ^ (set(plan.shapes) - plan.gone)
     if differ:
         text = f"the cut network has other tensors than the plan: {min(differ)!r} is in one only"
         return Proof(float("nan"), _limit(got_dtype=dtype), "run", text, {})
@@ -202,7 +202,7 @@ def _groups_for(
         (found.trace.args, found.trace.kwargs)
     ):
         return found
-    keys = ("exact", "unknown", "keep_class")
+    keys = ("exact", "unknown", "keep_class", "depth")
     options = {key: plan.options[key] for key in keys if key in plan.options}
     return comb(model, kwargs or args, **options)
 
@@ -261,7 +261,7 @@ def _weights_agree(small: nn.Module, model: nn.Module, plan: Plan) -> dict[str, 
     """Every tensor is what the plan keeps of the original's, to a rounding where rescaled."""
     held, full = dict(named_tensors(small)), dict(named_tensors(model))
     worst = {"weights": 0.0}
-    for name in dict.fromkeys(plan.aliases.values()):
+    for name in (x for x in dict.fromkeys(plan.aliases.values()) if x not in plan.gone):
         wanted, given = cut_tensor(full[name], plan, name), held[name].detach()
         slack = 0.0
         if name in plan.rescale:
@@ -286,7 +286,7 @@ def _not_in_vain(
     if not live:
         return {}
     whole = rebuild(big, live, {}).eval()
-    part = {name: cut_tensor(live[name], plan, name) for name in live}
+    part = {name: cut_tensor(live[name], plan, name) for name in live if name not in plan.gone}
     groups = _groups_for(whole, plan, args, kwargs)
     got = _run(rebuild(small, part, {}).eval(), args, kwargs)
     zeroed = _zeroed(whole, plan)

@@ -19,7 +19,8 @@ from ..comb import comb
 from ..cut import Slice, cut_in_place, slices
 from ..groups import Groups
 from ..importance.base import Scores
-from ..plan import Kept, Plan
+from ..kept import Kept
+from ..plan import Plan
 from ..surgery import rebuild
 from ..trace import Inputs, named_tensors
 from ..verify import Proof, verify
