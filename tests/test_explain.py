@@ -19,7 +19,8 @@ import cpd
 from cpd.cli import main
 from cpd.errors import OutputError
 from cpd.explain.value import Explanation
-from cpd.groups import Frozen, joined_kinds
+from cpd.groups import joined_kinds
+from cpd.stays import Frozen
 
 IMAGE = torch.randn(2, 3, 6, 6)
 

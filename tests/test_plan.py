@@ -77,7 +77,7 @@ def damaged(data: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def test_what_is_no_plan(plan: Plan) -> None:
     for name, data in damaged(json.loads(plan.to_json())):
-        with pytest.raises(ArtefactError, match="this is not a plan of format 2"):
+        with pytest.raises(ArtefactError, match="this is not a plan of format 3"):
             pytest.fail(f"{name} was read as {Plan.from_json(json.dumps(data))}")
     text = plan.to_json()
     for end in (0, 1, len(text) // 2, len(text) - 2):

@@ -17,10 +17,10 @@ import torch
 
 from cpd.costs.latency import Latency
 from cpd.errors import ArtefactError, OutputError
-from cpd.groups import Frozen
 from cpd.plan import Width
 from cpd.report import Measures, Report, environment, picture, plots
 from cpd.report.pictures import colours
+from cpd.stays import Frozen
 
 EVIL = "<script>alert('x')</script> & $x^2$ \"quoted\" _x"
 

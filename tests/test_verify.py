@@ -13,8 +13,8 @@ from torch import nn
 
 import cpd
 from cpd.errors import InputError, PlanMismatch, VerifyError
-from cpd.labels import Labels
 from cpd.kept import Kept
+from cpd.labels import Labels
 from cpd.plan import Plan
 from cpd.rules import base
 from laws import random_scores, randomised

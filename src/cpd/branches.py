@@ -1,13 +1,13 @@
 """Branches: residual branches that may go whole.
 
-In `x + f(x)` the branch f may vanish: with all of its own tensors at zero it puts out zero, and what
-is left is x. A branch is found in the traced graph, from the addition backwards: all calls that
-nothing else reads. It may go where each of these holds:
+In `x + f(x)` the branch f may vanish: with all of its own tensors at zero it puts out zero, and x
+is left. A branch is found in the traced graph, from the addition backwards: all calls that nothing
+else reads. It may go where each of these holds:
 
 - x itself goes into it, so that what is left is the identity;
-- its tensors are read by nothing else, and zero in them makes its output zero, operator by operator;
-- the forward of the module that adds can be had as data (`replace`), and without the addition calls
-  nothing of the branch any more.
+- its tensors are read by nothing else, and zero in them makes its output zero, whatever comes in;
+- the forward of the module that adds can be had as data (`replace`), and without the addition it
+  calls nothing of the branch any more.
 
 A branch has a class of its own beside the classes of channels: with it goes all that is in it.
 """
@@ -25,7 +25,7 @@ from torch import fx
 from .calls import Uncapturable
 from .channels import Ids
 from .drop import Addition, addition, called, dropped
-from .graph import Step, op_name
+from .graph import op_name
 from .labels import Layer
 from .replace import Disagreement, Replacements, Template
 from .rules import Factor
@@ -92,8 +92,9 @@ class Whole:
         return f"{self.name}: {self.reason}"
 
 
-def find_branches(groups: Groups, ignored: Iterable[str] = ()) -> None:
+def find_branches(groups: Groups, ignored: Iterable[str] = ()) -> Groups:
     """Give groups the branches of their network, and list those that cannot go, with the reason."""
+    groups.options["depth"] = True
     found, held = [], []
     finder = _Finder(groups, set(ignored))
     for place in places(groups.trace):
@@ -104,6 +105,7 @@ def find_branches(groups: Groups, ignored: Iterable[str] = ()) -> None:
     groups.branches, groups.whole = tuple(found), tuple(held)
     if found:
         _gate(groups)
+    return groups
 
 
 def _gate(groups: Groups) -> None:
@@ -194,7 +196,15 @@ class _Finder:
         inside = self._inside(tensors)
         owned = self.groups.owners()[0][inside]
         if not (owned >= 0).any():
-            raise Uncapturable("it has no channels of its own, so no score")
+            shared = [
+                self.groups.trace.tensors[x.name]
+                for node in self.groups.trace.graph.nodes
+                if node in place.nodes
+                for x in node.all_input_nodes
+                if x not in place.nodes and x.name in self.groups.trace.tensors
+            ]
+            why = f"{shared[0]} is used elsewhere too" if shared else "so no score"
+            raise Uncapturable(f"it has no channels of its own, {why}")
         template, found = self._template(place, tensors)
         self._check_widths(template)
         number, place_of_id = self.units.count, len(self.units.label)
@@ -274,7 +284,6 @@ class _Finder:
             if any(word in left for word in words):
                 raise Uncapturable(f"the modules of {name} compute what stays, too")
         return template, found
-
 
     def _check_widths(self, template: Template) -> None:
         """Refuse a forward that cannot follow other widths beside it."""

@@ -152,7 +152,7 @@ def _branches(groups: Groups, weights: _Weights, alive: Mask, rules: Rules) -> l
         left = [branch for branch in mine if alive[branch.number]]
         free = [
             branch for branch in left
-            if rules.limits.get(branch.name, 1.0) > 0 and not rules.held[branch.inside].any()
+            if rules.limits.get(branch.name, 1.0) > 0 and not rules.held[branch.number]
         ]  # fmt: skip
         stay = max(ceil(rules.min_keep * len(mine)), 0) - (len(left) - len(free))
         free.sort(key=lambda branch: float(weights.total[branch.number]))

@@ -87,8 +87,6 @@ def comb(
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins, replaced)
     groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
-    if depth:
-        groups.options["depth"] = True
     groups.options["ignore"] = [_name(model, x) for x in ignored]
     signature = _signatures(groups)
     units.families = [f for f in units.families if _in_tensors(units, f, signature)]
@@ -98,9 +96,7 @@ def comb(
     units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
     finish(groups)
-    if depth:
-        find_branches(groups, held)
-    return groups
+    return find_branches(groups, held) if depth else groups
 
 
 def _name(model: nn.Module, item: str | nn.Module) -> str:
@@ -112,9 +108,7 @@ def _name(model: nn.Module, item: str | nn.Module) -> str:
     raise InputError(f"ignore has a {type(item).__name__} that is no part of the model")
 
 
-def _freeze_ignored(
-    model: nn.Module, reader: Reader, ignore: list[str | nn.Module]
-) -> set[str]:
+def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Module]) -> set[str]:
     """Keep the widths that the user wants to stay; return the tensors that were meant."""
     every: set[str] = set()
     consumed = _consumed(reader)

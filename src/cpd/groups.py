@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -19,69 +20,10 @@ from .liveness import Peak, peak
 from .replace import Replacements
 from .rules import Factor
 from .sizes import Site
+from .stays import Frozen, Kept, first_of, joined, kept_lines
 from .terms import Cost, Terms
 from .trace import Trace
 from .units import Family, Units
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """`count` indices of one axis of a tensor that stay, and why.
-
-    `op`, `path` and `source` name the call that demands it: the operator, the module that calls it
-    and the "file:line" of the code; "" where no single call does.
-    """
-
-    tensor: str
-    axis: int
-    reason: str
-    count: int
-    op: str = ""
-    path: str = ""
-    source: str = ""
-
-    @property
-    def of_kernel(self) -> bool:
-        """Whether it is an axis that a kernel runs along, which never has channels."""
-        return self.reason.startswith("kernel axis")
-
-    @property
-    def place(self) -> str:
-        """The call in words: "linear in head, net.py:12"; "" where no single call demands it."""
-        return str(Place(self.op, self.path, self.source))
-
-    def __str__(self) -> str:
-        place = f" ({self.place})" if self.place else ""
-        return f"{self.tensor} axis {self.axis}, {self.count} of it: {self.reason}{place}"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """All that stays for one reason that one line of code demands, in however many modules."""
-
-    reason: str
-    op: str
-    source: str
-    items: tuple[Frozen, ...]
-
-    @property
-    def tensors(self) -> str:
-        """The axes in words: "q.weight axis 1 and 3 more"."""
-        return _first([f"{item.tensor} axis {item.axis}" for item in self.items])
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The modules whose calls demand it, each once."""
-        return tuple(dict.fromkeys(item.path for item in self.items if item.path))
-
-    @property
-    def place(self) -> str:
-        """The calls in words: "slice in blocks.0.attn and 11 more, attention.py:12"."""
-        return str(Place(self.op, _first(self.paths), self.source))
-
-
-def _first(words: Sequence[str]) -> str:
-    return f"{words[0]} and {len(words) - 1} more" if len(words) > 1 else "".join(words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +93,11 @@ class CouplingGroup:
 
 @dataclass(eq=False)
 class Groups:
-    """All coupling groups of a network, what stays and why, and what everything costs."""
+    """All coupling groups of a network, what stays and why, and what everything costs.
+
+    `branches`: the residual branches that may go whole, `whole`: those that cannot; both are empty
+    without `depth`. `gates`: call, or tensor's name -> factors that are 0 once its branch has gone.
+    """
 
     trace: Trace
     units: Units
@@ -208,7 +154,7 @@ class Groups:
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
         """`frozen`, joined by reason and line of code, without the axes of kernels."""
-        return _kept(self.frozen)
+        return joined(self.frozen)
 
     @property
     def causes(self) -> Ids:
@@ -245,7 +191,9 @@ class Groups:
             names, paths = (
                 list(dict.fromkeys(filter(None, words))) for words in zip(*mine, strict=True)
             )
-            lines.append(f"    {_first(names)}: {Reason(text, Place(op, _first(paths), source))}")
+            lines.append(
+                f"    {first_of(names)}: {Reason(text, Place(op, first_of(paths), source))}"
+            )
         if len(found) > _HELD:
             lines.append(f"    and {len(found) - _HELD} more reasons")
         return ["  held back, to go only with others:", *lines] if lines else []
@@ -314,15 +262,26 @@ class Groups:
         ]
         if self.groups:
             lines += _aligned([_HEAD, *(_row(group) for group in self.groups)])
-        lines += _kept_lines(self.kept)
+        lines += kept_lines(self.kept)
         lines += self.held_lines()
+        lines += self.branch_lines()
         return "\n".join(lines)
+
+    def branch_lines(self) -> list[str]:
+        """Which residual branches may go whole, and which may not and why, in words."""
+        lines = []
+        if self.branches:
+            names = [branch.name for branch in self.branches]
+            lines.append(f"  {len(names)} residual branches may go whole: {', '.join(names)}")
+        if self.whole:
+            lines.append("  residual branches that cannot go whole:")
+            lines += [f"    {each}" for each in self.whole]
+        return lines
 
 
 _KEEPS_STEP = Reason("must keep step with channels that cannot go")
 _HEAD = ("group", "units", "tensors", "params", "MACs")
 _HELD = 8  # reasons; `Groups.held` has all
-_PLACES = 3  # lines of code for one reason; `Groups.kept` has all
 
 
 def _share(left: int, whole: int) -> float:
@@ -371,31 +330,3 @@ def joined_kinds(families: Iterable[tuple[int, str]]) -> str:
         f"{width} {kind}" if times == 1 else f"{times}×{width} {kind}"
         for (width, kind), times in counted.items()
     )
-
-
-def _kept(frozen: Iterable[Frozen]) -> tuple[Kept, ...]:
-    """Join what stays for one reason in one line of code; reasons in the order they first come."""
-    found: dict[str, dict[tuple[str, str], list[Frozen]]] = {}
-    for item in frozen:
-        if not item.of_kernel:
-            at = (item.op, item.source)
-            found.setdefault(item.reason, {}).setdefault(at, []).append(item)
-    return tuple(
-        Kept(reason, *at, tuple(items))
-        for reason, lines in found.items()
-        for at, items in lines.items()
-    )
-
-
-def _kept_lines(kept: tuple[Kept, ...]) -> list[str]:
-    lines = []
-    for reason in dict.fromkeys(each.reason for each in kept):
-        mine = [each for each in kept if each.reason == reason]
-        count = sum(len(each.items) for each in mine)
-        lines.append(f"    {reason}: {count} {'axis' if count == 1 else 'axes'}")
-        for each in mine[:_PLACES]:
-            where = f" ({each.place})" if each.place else ""
-            lines.append(f"      {each.tensors}{where}")
-        if len(mine) > _PLACES:
-            lines.append(f"      and {len(mine) - _PLACES} more lines of code")
-    return ["  kept:", *lines] if lines else []

@@ -38,6 +38,7 @@ class Kept:
 
 
 def placed(part: Kept, rank: int) -> Mask:
+    """Return a mask with `rank` axes, 1 along those that it does not speak of."""
     shape = [1] * rank
     for axis, size in zip(part.axes, part.mask.shape, strict=True):
         shape[axis] = size

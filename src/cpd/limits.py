@@ -42,7 +42,8 @@ def limits_of(groups: Groups, limits: Limits | None) -> dict[str, float]:
 
 
 def _matching(groups: Groups, pattern: str) -> list[str]:
-    names = [group.name for group in groups if fnmatchcase(group.name, pattern)]
+    everyone = [*groups, *groups.branches]
+    names = [each.name for each in everyone if fnmatchcase(each.name, pattern)]
     if names:
         return names
     names = [group.name for group in groups if any(_makes(group, pattern))]
@@ -72,7 +73,10 @@ def kept_classes(groups: Groups, keep: Keep | None) -> NDArray[np.bool_]:
     held = np.zeros(groups.units.count, bool)
     for name, numbers in (keep or {}).items():
         group = next((group for group in groups if group.name == name), None)
-        if group is not None and isinstance(numbers, str) and numbers == "all":
+        branch = next((branch for branch in groups.branches if branch.name == name), None)
+        if branch is not None and isinstance(numbers, str) and numbers == "all":
+            held[branch.number] = True
+        elif group is not None and isinstance(numbers, str) and numbers == "all":
             held[group.classes] = True
         else:
             classes = _made_by(groups, name)

@@ -52,7 +52,7 @@ class Plan:
     `kept`: tensor -> parts with disjoint axes. `attributes`: module path -> attribute -> new value.
     `rescale`: tensor -> (rows of the original, factor). `shapes`: all tensors of the model it was
     made for. `forwards`: module path -> what it computes, where its own code cannot follow.
-    `branches`: residual branch that goes whole -> all names of its tensors, of which nothing is left.
+    `branches`: residual branch that goes whole -> all names of its tensors; none of them is left.
     `costs`: name -> (before, after), exact where counted. `notes`: how far below its budgets it is,
     and why.
     """
@@ -89,7 +89,9 @@ class Plan:
                 for part in self.kept[first]:
                     mask = mask & placed(part, len(shape))
                 result[name] = torch.from_numpy(np.broadcast_to(mask, shape).copy())
-        return result | {name: torch.zeros(self.shapes[name], dtype=torch.bool) for name in self.gone}
+        return result | {
+            name: torch.zeros(self.shapes[name], dtype=torch.bool) for name in self.gone
+        }
 
     def new_shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape after cutting (all zero where its branch goes whole)."""
@@ -303,6 +305,10 @@ def _branches(
     found = {str(k): tuple(map(str, names)) for k, names in data.get("branches", {}).items()}
     names = [name for names in found.values() for name in names]
     entries = sum(prod(shapes[name]) for name in names)
+    inside = [f"{path}." if path else "" for path in data.get("forwards", {})]
+    loose = [name for name in names if not name.startswith(tuple(inside))]
+    if loose:
+        raise ValueError(f"{loose[0]!r} goes whole, but no forward does without it")
     if len(set(names)) < len(names) or {*names} & {*data["kept"], *data["rescale"]}:
         raise ValueError("a tensor goes twice")
     if entries > _MOST:

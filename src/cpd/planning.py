@@ -175,8 +175,7 @@ def alive_of(groups: Groups, plan: Plan) -> Mask:
     """Return the classes that a plan for the same network keeps."""
     plan.check(groups.model)
     alive = np.ones(groups.units.count, bool)
-    gone = plan.gone
-    for branch in (x for x in groups.branches if set(x.tensors) <= gone):
+    for branch in (x for x in groups.branches if set(x.tensors) <= plan.gone):
         alive[groups.units.closure([branch.number])] = False
     for name, part in ((name, part) for name, parts in plan.kept.items() for part in parts):
         for layer in (x for x in groups.labels[name].layers if set(x.axes) <= set(part.axes)):

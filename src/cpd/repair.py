@@ -155,6 +155,8 @@ class _Walk:
             ).to(tensor.device)
             for name, tensor in first.items()
         }
+        for name in plan.gone & first.keys():
+            self.alive[name].zero_()
         self.kept = {name: first[name] * self.alive[name].to(first[name].dtype) for name in first}
         everything = np.ones(len(of_ids), bool)
         self.big = [_begun(Reference(groups, everything, first), batch) for batch in batches]
@@ -196,7 +198,7 @@ class _Walk:
         schema = getattr(node.target, "_schema", None)
         op = "" if schema is None else schema.name.rpartition("::")[2]
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node) or node in self.small[0].whole:
             return False
         if op == "batch_norm" and "recalibrate" in self.repairs.steps:
             return self._recalibrate(node)

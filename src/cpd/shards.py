@@ -96,6 +96,7 @@ def cut_shards(
         if extra == "error" or entry.name in plan.shapes
     }
     _check_fit(source, plan, entries, _expected(plan, model))
+    entries = {stored: entry for stored, entry in entries.items() if entry.name not in plan.gone}
     with staging(target.parent) as temporary:
         draft = temporary / "shards"
         draft.mkdir()

@@ -105,10 +105,10 @@ def _emptied(
     for path, module in modules.items():
         if not path or path.startswith(f"{last}."):
             continue
-        tensors = [*module.named_parameters(remove_duplicate=False)]
-        tensors += module.named_buffers(remove_duplicate=False)
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
         busy = any(f"{at}.".startswith(f"{path}.") for at in forwards)
-        if tensors and not busy and all(f"{path}.{name}" in gone for name, _ in tensors):
+        if names and not busy and all(f"{path}.{name}" in gone for name in names):
             yield path
             last = path
 

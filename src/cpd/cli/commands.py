@@ -36,6 +36,7 @@ class Shell:
         exact: bool = False,
         unknown: str = "freeze",
         keep_class: str = "loose",
+        depth: bool = False,
         dot: str | None = None,
         html: str | None = None,
     ) -> None:
@@ -49,6 +50,7 @@ class Shell:
             exact: also keep what feeds statistics across channels.
             unknown: what to do at an operation without a rule: freeze or error.
             keep_class: strict keeps what needs a forward other than that of its class.
+            depth: also find residual branches that may go whole.
             dot: file for the coupling graph in the language of Graphviz.
             html: file for the coupling graph as an interactive page.
         """
@@ -60,13 +62,19 @@ class Shell:
         inputs = source.inputs(network, input_shape)
         kept = ignore or ()
         begun = perf_counter()
-        groups = comb(
-            network, inputs, ignore=kept, exact=exact, unknown=unknown, keep_class=keep_class
-        )
+        options: dict[str, Any] = {
+            "exact": exact,
+            "unknown": unknown,
+            "keep_class": keep_class,
+            "depth": depth,
+        }
+        groups = comb(network, inputs, ignore=kept, **options)
         seconds = perf_counter() - begun
         self.console.print(group_table(groups))
         self.console.print(kept_table(groups.kept))
         for line in groups.held_lines():
+            self.console.print(line.strip(), markup=False, highlight=False, soft_wrap=True)
+        for line in groups.branch_lines():
             self.console.print(line.strip(), markup=False, highlight=False, soft_wrap=True)
         self.console.print(coverage(groups, seconds))
         if dot is not None:

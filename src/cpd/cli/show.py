@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from cpd.groups import Groups, Kept
+    from cpd.groups import Groups
+    from cpd.stays import Kept
 
 __all__ = ["Bars", "coverage", "group_table", "kept_table"]
 

@@ -66,6 +66,7 @@ class CompressConfig:
         unknown: what to do at an operation without a rule: "freeze" or "error".
         keep_class: "loose" lets a module whose own code cannot follow run a forward as data;
             "strict" keeps its channels instead.
+        depth: residual branches may go whole, too.
         interval: steps over which importance is accumulated before each pruning event.
         events: pruning events until the target; nothing: as many as ``step`` asks for, or 10.
         step: largest share of a cost to take at one event, in place of ``events``.
@@ -107,6 +108,7 @@ class CompressConfig:
     exact: bool = False
     unknown: str = "freeze"
     keep_class: str = "loose"
+    depth: bool = False
     interval: int = 50
     events: int | None = None
     step: float | None = None

@@ -22,6 +22,8 @@ from cpd.trace import named_tensors
 
 __all__ = ["Events"]
 
+OF_COMB = ("exact", "unknown", "keep_class", "depth")
+
 
 class Events(Callback):
     """Prunes a network while it trains: one event every ``interval`` steps, ``count`` in all.
@@ -79,7 +81,7 @@ class Events(Callback):
     def on_start(self, state: State) -> None:  # noqa: ARG002
         """Begin to watch, and mask what is gone already."""
         if self.batches:  # traced before anything is hooked
-            options = {key: getattr(self.config, key) for key in ("exact", "unknown", "keep_class")}
+            options = {key: getattr(self.config, key) for key in OF_COMB}
             first = to_device(self.batches[0], next(self.student.parameters()).device)
             self.calibrated = comb(self.student, first, **options)
         self.rounds.start(self.student)

@@ -199,6 +199,7 @@ class Run:
             exact=config.exact,
             unknown=config.unknown,
             keep_class=config.keep_class,
+            depth=config.depth,
         )
         equal = {group.name: torch.ones(group.size, dtype=torch.float64) for group in groups}
         plan = choose(

@@ -12,7 +12,8 @@ import numpy as np
 
 from cpd.channels import Ids
 from cpd.files import write_text
-from cpd.groups import CouplingGroup, Frozen, Groups, Kept
+from cpd.groups import CouplingGroup, Groups
+from cpd.stays import Frozen, Kept
 from cpd.trace import Trace
 
 __all__ = ["Edge", "Explanation", "Node", "explain"]

@@ -69,7 +69,7 @@ def smaller(
         args: the keywords that timm's entry point was called with.
     """
     found = _of_transformers(model) or _of_timm(model, dict(args or {}))
-    if found is None:
+    if found is None or plan.branches:
         return None
     kind, known, build = found
     for values in itertools.islice(_others(known, _replacements(model, plan)), TRIES):

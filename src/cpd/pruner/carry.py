@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..cut import Slice
 
-__all__ = ["carry", "inner_optimizer"]
+__all__ = ["carry", "forget", "inner_optimizer"]
 
 # A parameter that is multiplied by f has gradients divided by f. What state of `torch.optim` is
 # made of: gradients (-1), their squares (-2), the parameter itself (1) or its steps squared (2).
@@ -73,6 +73,16 @@ def carry(
             del inner.state[parameter]
         else:
             state.update(changed)
+
+
+def forget(optimizer: Any, lost: Sequence[torch.Tensor]) -> None:
+    """Let an optimizer forget parameters that are no longer there: groups keep their place."""
+    inner = inner_optimizer(optimizer)
+    gone = {id(tensor) for tensor in lost}
+    for group in inner.param_groups if gone else ():
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for tensor in lost:
+        inner.state.pop(tensor, None)
 
 
 def _cut(key: str, value: Any, slice_: Slice, shape: torch.Size) -> Any:

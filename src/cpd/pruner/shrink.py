@@ -24,7 +24,7 @@ from ..plan import Plan
 from ..surgery import rebuild
 from ..trace import Inputs, named_tensors
 from ..verify import Proof, verify
-from .carry import carry
+from .carry import carry, forget
 
 __all__ = ["Shrinking", "framed"]
 
@@ -54,13 +54,16 @@ class Shrinking:
     def cut(self, plan: Plan, optimizers: Sequence[Any], copies: Sequence[nn.Module]) -> None:
         """Cut to what a plan keeps; the optimizers' state and the copies are cut along."""
         shapes = {name: tensor.shape for name, tensor in named_tensors(self.model)}
+        before = dict(named_tensors(self.model))
         done = cut_in_place(self.model, plan, self.by)
+        lost = [before[name] for name in sorted(plan.gone & before.keys())]
         for optimizer in optimizers:
+            forget(optimizer, lost)
             carry(optimizer, self.model, done, shapes)
         for other in copies:
             cut_in_place(other, plan, self.by)
         self.by = plan
-        options: Any = self.groups.options
+        options: Any = {key: x for key, x in self.groups.options.items() if key != "depth"}
         self.now = comb(self.model, self.example_inputs, **options)
 
     def masks(self, plan: Plan) -> dict[str, torch.Tensor]:
@@ -74,6 +77,9 @@ class Shrinking:
             for part in parts:
                 mask &= _spread(part, len(shape))
             found[name] = torch.from_numpy(mask)
+        for name in plan.gone - self.by.gone:
+            if name == plan.aliases[name]:
+                found[name] = torch.zeros(self.by.new_shape(name), dtype=torch.bool)
         return found
 
     def scores(self, found: Scores) -> Scores:
@@ -101,7 +107,7 @@ class Shrinking:
         assert self.by is not None
         old: dict[str, list[tuple[str, Ids]]] = {}
         for group in self.groups:
-            for member in group.members:
+            for member in (m for m in group.members if m.tensor not in self.by.gone):
                 left = _left(member.channel, self.by.kept.get(member.tensor, ()))
                 old.setdefault(member.tensor, []).append((group.name, left))
         return old
@@ -138,6 +144,10 @@ class Shrinking:
         held, whole = dict(named_tensors(self.model)), slices(plan)
         tensors = {}
         for name, shape in plan.shapes.items():
+            if name in plan.gone:
+                like = dict(named_tensors(self.groups.model))[name]
+                tensors[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+                continue
             value = held[name].detach()
             first = plan.aliases[name]
             tensors[name] = _grown(value, whole[first], shape) if first in whole else value

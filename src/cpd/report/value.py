@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from cpd.costs.latency import Latency
 from cpd.errors import ArtefactError
 from cpd.files import write_text
-from cpd.groups import Frozen
 from cpd.plan import Width
 from cpd.report.measures import HEAD, Measures, plain, rows
 from cpd.report.pictures import STYLE, Picture, section
+from cpd.stays import Frozen
 
 if TYPE_CHECKING:
     from rich.table import Table

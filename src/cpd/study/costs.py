@@ -52,6 +52,7 @@ def costed(
             importance="magnitude",
             target=config.target,
             keep_class=config.keep_class,
+            depth=config.depth,
             **options,
             **config.choice,
         )

@@ -24,7 +24,17 @@ __all__ = ["Costs", "Outcome", "run"]
 
 Settle = Callable[[dict[str, Any]], tuple[Any, dict[str, Any]]]
 _OF_A_BASE = ("model", "model_args", "data", "task", "base", "seed")
-_OF_COSTS = ("model", "model_args", "target", "ignore", "exact", "unknown", "keep_class", "bench")
+_OF_COSTS = (
+    "model",
+    "model_args",
+    "target",
+    "ignore",
+    "exact",
+    "unknown",
+    "keep_class",
+    "depth",
+    "bench",
+)
 _OF_CHOICE = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
 
 
