@@ -61,7 +61,7 @@ def damaged(data: dict[str, Any]) -> list[tuple[str, Any]]:
         ("a list", []),
         ("a number", 3),
         ("nothing", {}),
-        ("another format", {**data, "format": 3}),
+        ("another format", {**data, "format": 4}),
         ("no kept", {key: value for key, value in data.items() if key != "kept"}),
         ("a tensor that is not there", {**data, "kept": {"nowhere": data["kept"][first]}}),
         ("runs out of range", with_part(kept="0-900")),

@@ -142,7 +142,7 @@ def places(trace: Trace) -> Iterator[Place]:
             continue
         path = location(node)[0]
         for stays in (0, 1):
-            nodes_of = _behind(nodes[: order[node]], both[1 - stays], node, path)
+            nodes_of = _behind(nodes[: order[node]], both[1 - stays], node)
             outside = {x for y in nodes_of for x in y.all_input_nodes} - nodes_of
             held = tuple(dict.fromkeys(
                 trace.tensors[x.name] for x in sorted(nodes_of, key=order.__getitem__)
@@ -154,16 +154,21 @@ def places(trace: Trace) -> Iterator[Place]:
                 yield Place(name, path, node, stays, frozenset(nodes_of), held)
 
 
-def _behind(before: list[fx.Node], last: fx.Node, add: fx.Node, path: str) -> set[fx.Node]:
-    """Return what only `last` needs, which only `add` reads: calls under `path`, and tensors."""
-    if set(last.users) != {add} or not _under(location(last)[0], path):
+def _behind(before: list[fx.Node], last: fx.Node, add: fx.Node) -> set[fx.Node]:
+    """Return what only `last` needs, which only `add` reads: calls and tensors."""
+    if _readers(last) != {add}:
         return set()
     found = {last}
     for node in reversed(before):
-        mine = bool(node.users) and found.issuperset(node.users)
-        if mine and (node.op == "placeholder" or _under(location(node)[0], path)):
-            found.add(node)
+        readers = _readers(node)
+        if readers and readers <= found:
+            found |= {node, *node.users}
     return found
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """Return the calls that compute with a value; a check of its type does not."""
+    return {user for user in node.users if not op_name(user).startswith("_assert")}
 
 
 def _under(path: str, root: str) -> bool:
@@ -188,6 +193,9 @@ class _Finder:
 
     def branch(self, place: Place) -> Branch:
         """Return the branch at a place. Raises `Uncapturable` with the reason where it stays."""
+        calls = [node for node in place.nodes if node.op == "call_function"]
+        if not all(_under(location(node)[0], place.path) for node in calls):
+            raise Uncapturable(f"it is computed outside of {place.path}, whose code adds it")
         tensors = self._tensors(place)
         _check_writes(place)
         zero = Vanishing(place.nodes, self.groups.trace)
