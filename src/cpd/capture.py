@@ -26,8 +26,8 @@ from torch.utils._thunk import Thunk
 from .calls import Returned, Uncapturable, filled, fix, form, forward_with, leaves_of, tensors_in
 from .forward import Data, Forward
 from .forward_data import Apart, check_guards, child, data_of
-from .sizes_asked import Sizes
 from .surgery import share
+from .symbols import Sizes
 from .trace import named_tensors, quiet_state
 
 Shapes = list[tuple[int, ...]]
@@ -40,7 +40,7 @@ class TooSlow(Exception):
 class _Budget(TorchFunctionMode):
     """Give up on a forward after some seconds of processor time."""
 
-    def __init__(self, seconds: float = 30.0) -> None:
+    def __init__(self, seconds: float = 3.0) -> None:
         super().__init__()
         self.until = time.process_time() + seconds
 

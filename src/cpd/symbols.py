@@ -1,4 +1,4 @@
-"""Symbolic sizes for a forward under capture: answered by the sizes at hand, each sum taken once."""
+"""Sizes of a forward under capture: symbols that the sizes at hand answer for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 _ASKING = {x.__file__ for x in (torch, symbolic_shapes, sym_node, recording)} | {__file__}
+
 
 class Sizes(ShapeEnv):
     """Answers every question about symbolic sizes by the sizes at hand, and notes what the module's
