@@ -33,15 +33,16 @@ class Sizes(ShapeEnv):
         self.numbers: dict[int, SymNode] = {}
 
     def create_symintnode(self, *args: Any, **kwargs: Any) -> Any:
-        """Return a symbolic integer whose arithmetic is done once."""
+        """Return a symbolic integer whose algebra is put off."""
         made = super().create_symintnode(*args, **kwargs)
         if not isinstance(made, torch.SymInt):
             return made
         node = made.node
         return torch.SymInt(Count(node._expr, self, int, node.hint))
 
-    def evaluate_sym_node(self, node: SymNode, *args: Any, **kwargs: Any) -> Any:
+    def evaluate_sym_node(self, sym_node: SymNode, *args: Any, **kwargs: Any) -> Any:
         """Return the value at hand."""
+        node: Any = sym_node
         if type(node) is not Count or (node.pytype is int and node.expr.is_number):
             return super().evaluate_sym_node(node, *args, **kwargs)
         if self._asks():
@@ -67,7 +68,9 @@ class Sizes(ShapeEnv):
 
     def _note(self, expr: Any, value: Any) -> None:
         """Remember the answer to a question of the module's code."""
-        if value in (sympy.true, sympy.false) or isinstance(value, bool):
+        if not expr.free_symbols:
+            return  # the same for all sizes
+        if isinstance(value, bool) or value is sympy.true or value is sympy.false:
             self.asked.append(expr if value else sympy.Not(expr))
         else:
             self.asked.append(sympy.Eq(expr, value))
@@ -80,7 +83,9 @@ class Count(SymNode):
     each question before it is answered by the sizes at hand.
     """
 
-    def __init__(self, expr: Any, env: Sizes, kind: type, hint: Any, **more: Any) -> None:
+    _held: Any  # an expression, or what it is to be made of
+
+    def __init__(self, expr: Any, env: Any, kind: type, hint: Any, **more: Any) -> None:
         super().__init__(expr, env, kind, hint, **more)
 
     @property
@@ -91,7 +96,7 @@ class Count(SymNode):
 
     @_expr.setter
     def _expr(self, value: Any) -> None:
-        self._held: Any = value
+        self._held = value
 
     def wrap_int(self, num: int) -> SymNode:
         """Return a number as a node."""
@@ -113,7 +118,8 @@ def _algebra(method: str, one: Any, two: Any) -> Any:
         quotient = one / two
         if quotient.as_numer_denom()[1] == 1:  # PyTorch finds it too, and simplifies for seconds
             return quotient
-    return magic_methods[method](one, two)
+    function: Any = magic_methods[method]
+    return function(one, two)
 
 
 def _attribute(method: str) -> str:
