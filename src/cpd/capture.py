@@ -25,8 +25,9 @@ from torch.utils._thunk import Thunk
 
 from .calls import Returned, Uncapturable, filled, fix, form, forward_with, leaves_of, tensors_in
 from .forward import Data, Forward
-from .forward_data import Apart, Sizes, check_guards, child, data_of
+from .forward_data import Apart, check_guards, child, data_of
 from .surgery import share
+from .symbols import Sizes
 from .trace import named_tensors, quiet_state
 
 Shapes = list[tuple[int, ...]]
@@ -109,6 +110,7 @@ def _graph(
     copied.train(training)
     env = Sizes()
     fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    fake.cache_enabled = False
     tensors = {name: _fake(fake, t, (), dtype) for name, t in named_tensors(copied)}
     plain = {
         name: _fake(fake, value, (), dtype)

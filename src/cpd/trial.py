@@ -107,12 +107,16 @@ def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> Fai
 def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure) -> Failure | None:
     """Try again with replaced forwards, where the code failed and wherever it is the same code.
 
-    Where the code runs but puts out other shapes, the modules that hold the sizes are taken.
+    Around the module whose code failed only those can help that have a size to be changed: the
+    forward of another would be the calls that its code makes. Where the code runs but puts out
+    other shapes, the modules that hold the sizes are taken.
     """
     enabled: list[str] = []
     again: Failure | None = error
+    holders = _holders(groups, kind)
     while again is not None:
-        paths = _of_one_class(groups, again.paths) or _touched(groups, kind)
+        around = tuple(path for path in again.paths[1:] if path in holders)
+        paths = _of_one_class(groups, (*again.paths[:1], *around)) or _touched(groups, kind)
         added = groups.replaced.enable(paths, again.text)
         if not added:
             groups.replaced.disable(enabled)
@@ -140,6 +144,13 @@ def _touched(groups: Groups, kind: list[Family]) -> list[str]:
     """Return the modules whose literals the families change; those that no attribute holds
     first.
     """
+    found = _holders(groups, kind)
+    open_ = [path for path, held in found.items() if not held]
+    return open_ if set(open_) - set(groups.replaced.active) else list(found)
+
+
+def _holders(groups: Groups, kind: list[Family]) -> dict[str, bool]:
+    """Return the modules whose literals the families change, and whether attributes hold them."""
     held = {id(size) for site in groups.sites for size in site.sizes}
     mine = np.zeros(groups.units.count, bool)
     for family in kind:
@@ -150,8 +161,7 @@ def _touched(groups: Groups, kind: list[Family]) -> list[str]:
         layers = [x for x in size.labels.layers if size.axis in x.axes]
         if any(mine[groups.units.label[layer.ids]].any() for layer in layers):
             found[path] = found.get(path, True) and id(size) in held
-    open_ = [path for path, held_ in found.items() if not held_]
-    return open_ if set(open_) - set(groups.replaced.active) else list(found)
+    return found
 
 
 def _loose(groups: Groups) -> Mask:
