@@ -29,6 +29,8 @@ from .rules import Size
 from .surgery import rebuild
 from .trace import Trace, location, named_tensors, quiet_state
 
+_ENOUGH = 3  # modules of one class that fail for one reason: others are not tried
+
 
 @dataclass(frozen=True)
 class Template:
@@ -80,6 +82,7 @@ class Replacements:
         self._batches: dict[str, int] = {}
         self._slow: set[type] = set()
         self._captured: dict[Any, Forward | str] = {}
+        self._failed: dict[type, list[str]] = {}
 
     def enable(self, paths: Iterable[str], why: str) -> list[str]:
         """Let plans replace the forwards at `paths`; return those that were not so before."""
@@ -119,11 +122,18 @@ class Replacements:
             raise Uncapturable("the class is to be kept")
         if type(module).__module__.startswith("torch."):
             raise Uncapturable("it is a layer of PyTorch")
+        failed = self._failed.get(type(module), [])
+        if failed[_ENOUGH - 1 :] and len(set(failed)) == 1:
+            raise Uncapturable(failed[0])  # the same code, which takes its time
         calls = self._calls.get(path, [])
         if not calls:
             raise Uncapturable("it is called by another way than its forward")
-        forward = self._capture(path, module, calls)
-        places, rigid = matched(forward, self.steps.get(path, []))
+        try:
+            forward = self._capture(path, module, calls)
+            places, rigid = matched(forward, self.steps.get(path, []))
+        except Uncapturable as reason:
+            self._failed.setdefault(type(module), []).append(str(reason))
+            raise
         scales = scales_of(forward, self.steps.get(path, []))
         return Template(forward, places, rigid, scales, self.passing(path))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .channels import Place, Reason
 from .groups import Groups
-from .labels import axis_size
+from .labels import live_size
 from .rules import Size
 from .sizes import Site
 from .trace import location
@@ -37,8 +37,9 @@ def settle(groups: Groups, follows: Follows) -> None:
     """
     made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
     unclear: dict[str, list[tuple[Site, list[Meaning]]]] = {}
+    movers = _Movers(groups)
     for site in [site for site in groups.sites if len(site.sizes) > 1]:
-        meanings = _meanings(groups, site)
+        meanings = _meanings(movers, site)
         if len(meanings) < 2:
             continue
         own = all(made[id(size)] == site.path for size in site.sizes)
@@ -57,13 +58,13 @@ def settle(groups: Groups, follows: Follows) -> None:
             _keep_unclear(groups, path, sites)
 
 
-def _meanings(groups: Groups, site: Site) -> list[Meaning]:
+def _meanings(movers: _Movers, site: Site) -> list[Meaning]:
     found: dict[frozenset[int], Meaning] = {}
     for size in site.sizes:
-        movers = [f for f in groups.units.families if f.width > 1 and _changes(groups, f, size)]
-        key = frozenset(id(family) for family in movers)
+        mine = movers.of(size)
+        key = frozenset(id(family) for family in mine)
         sizes = (*(found[key].sizes if key in found else ()), size)
-        found[key] = Meaning(sizes, movers)
+        found[key] = Meaning(sizes, mine)
     found.pop(frozenset(), None)
     return list(found.values())
 
@@ -107,16 +108,43 @@ def _keep_unclear(groups: Groups, path: str, sites: list[tuple[Site, list[Meanin
             freeze(groups, list(apart.values()), why)
 
 
-def _changes(groups: Groups, family: Family, size: Size) -> bool:
-    """Say whether a unit less of a family changes a size."""
-    closure = groups.units.closure([int(cluster[0]) for cluster in family.clusters])
-    layers = [layer for layer in size.labels.layers if size.axis in layer.axes]
-    mine = groups.units.label[np.concatenate([layer.ids.ravel() for layer in layers])]
-    if not np.isin(mine, closure).any():
-        return False
-    alive = groups.everything()
-    alive[closure] = False
-    return axis_size(size.labels, size.axis, alive[groups.units.label]) != size.old
+class _Movers:
+    """Says which families change a size when they lose a unit."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.label = groups.units.label
+        self.families = [f for f in groups.units.families if f.width > 1]
+        close = groups.units.closure
+        self.closures = [close(int(c[0]) for c in f.clusters) for f in self.families]
+        numbers = [np.full(len(part), k) for k, part in enumerate(self.closures)]
+        empty = [np.empty(0, np.int64)]
+        classes = np.concatenate(self.closures or empty)
+        order = np.argsort(classes, kind="stable")
+        self.classes, self.numbers = classes[order], np.concatenate(numbers or empty)[order]
+        self.known: dict[tuple[int, int], list[Family]] = {}
+
+    def of(self, size: Size) -> list[Family]:
+        """Return the families whose next unit changes a size, in their order."""
+        key = (id(size.labels), size.axis)
+        if key not in self.known:
+            self.known[key] = [self.families[k] for k in self._near(size) if self._moves(k, size)]
+        return self.known[key]
+
+    def _near(self, size: Size) -> list[int]:
+        """Number the families of which a unit runs along the axis."""
+        layers = [layer for layer in size.labels.layers if size.axis in layer.axes]
+        mine = np.unique(self.label[np.concatenate([layer.ids.ravel() for layer in layers])])
+        first = np.searchsorted(self.classes, mine, "left")
+        last = np.searchsorted(self.classes, mine, "right")
+        spans = [self.numbers[a:b] for a, b in zip(first, last, strict=True) if b > a]
+        return np.unique(np.concatenate(spans)).tolist() if spans else []
+
+    def _moves(self, number: int, size: Size) -> bool:
+        layer = size.labels.governing(size.axis)
+        if layer is None:
+            return False
+        left = ~np.isin(self.label[layer.ids], self.closures[number])
+        return live_size(left, layer.axes.index(size.axis)) != size.old
 
 
 def classes_of(family: Family) -> list[int]:
