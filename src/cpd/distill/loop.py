@@ -19,6 +19,7 @@ from cpd.distill.failures import explained
 from cpd.distill.optim import Schedule, build_optimizer
 from cpd.distill.options import LoopOptions, TrainOptions
 from cpd.distill.seeds import derive, seed_all
+from cpd.distill.teacher import Sample, Teacher, samples
 from cpd.errors import InputError, NonFiniteLoss
 
 if TYPE_CHECKING:
@@ -84,14 +85,28 @@ class Loop:
         total = self._length() if steps is None else steps
         self.state = State(stage, total, pieces.student, main=self.accelerator.is_main_process)
         self.model: nn.Module = self.accelerator.prepare_model(pieces.student)
-        if pieces.teacher is not None:
-            pieces.teacher.to(self.device).eval().requires_grad_(False)
+        self.teacher = self._teacher()
         self.losses = self._attached()
         self.optimizer, self.schedule = self._optimizer(total)
         self.best: dict[str, Any] | None = None
         self.evaluated = -1
         self.sums: dict[str, float] = {}
         self.counted = 0
+
+    def _teacher(self) -> Teacher | None:
+        pieces, options = self.pieces, self.options
+        if pieces.teacher is None:
+            return None
+        made = Teacher(
+            pieces.teacher,
+            pieces.task,
+            device=self.device,
+            precision=options.teacher_precision or options.precision,
+            cache=options.teacher_cache,
+            rank=self.accelerator.process_index,
+        )
+        made.check(self.train, loss_shelf.resolve(pieces.losses).points)
+        return made
 
     def _attached(self) -> loss_shelf.Attached | None:
         """The losses between student and teacher, checked before anything is trained."""
@@ -180,9 +195,11 @@ class Loop:
     def _epoch(self) -> None:
         """The rest of the current epoch."""
         state = self.state
-        for batch in self.train.epoch(state.epoch, state.batch):
+        cached = self.teacher is not None and self.teacher.folder is not None
+        for numbers, batch in self.train.numbered(state.epoch, state.batch):
             state.batch += 1
-            self._step(to_device(batch, self.device))
+            known = samples(numbers, batch) if cached else []
+            self._step(to_device(batch, self.device), known)
             if self._finished() and state.batch != self.train.length:
                 return
         if not state.batch:
@@ -203,15 +220,18 @@ class Loop:
 
     # --- one step
 
-    def _step(self, batch: Any) -> None:
+    def _step(self, batch: Any, known: list[Sample]) -> None:
         state = self.state
         seed_all(derive(self.seed, "step", state.step, self.accelerator.process_index))
         rows = size(batch)
         chunks = parts(batch, self.options.accumulate)
         state.losses, state.rate = {}, self.schedule.rate
+        first = 0
         for number, chunk in enumerate(chunks, start=1):
             state.synced = number == len(chunks)
-            self._backward(chunk, size(chunk) / rows)
+            count = size(chunk)
+            self._backward(chunk, count / rows, known[first : first + count])
+            first += count
         if self.accelerator.num_processes > 1:
             for parameter in self._learning():  # of no wrapped module: averaged by hand
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
@@ -226,31 +246,30 @@ class Loop:
         self.counted += 1
         self.callbacks("after_step", state)
 
-    def _backward(self, chunk: Any, share: float) -> None:
+    def _backward(self, chunk: Any, share: float, known: list[Sample]) -> None:
         wait = nullcontext() if self.state.synced else self.accelerator.no_sync(self.model)
         with wait:
-            terms = self._terms(chunk)
+            terms = self._terms(chunk, known)
             self._record(terms, share, chunk)
             shares = {name: term * share for name, term in terms.items()}
             self.callbacks("before_backward", self.state, shares)
             self.accelerator.backward(torch.stack(list(shares.values())).sum())
         self.callbacks("after_backward", self.state)
 
-    def _terms(self, chunk: Any) -> dict[str, torch.Tensor]:
+    def _terms(self, chunk: Any, known: list[Sample]) -> dict[str, torch.Tensor]:
         """Every weighted term of the loss; their sum is what is minimised."""
         args, kwargs, targets = unpack(chunk)
-        task, teacher, state = self.pieces.task, self.pieces.teacher, self.state
+        task, state = self.pieces.task, self.state
         with self._autocast():
-            if teacher is None or self.losses is None:
+            if self.teacher is None or self.losses is None:
                 outputs = self.model(*args, **kwargs)
                 return {"task": self.options.task_weight * task.loss(outputs, targets).float()}
             with self.losses.watching() as (own, other):
                 outputs = self.model(*args, **kwargs)
-                with torch.no_grad():
-                    taught = teacher(*args, **kwargs)
+                taught = self.teacher.logits(args, kwargs, known)
             terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
             seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
-            found = self.losses(task.logits(outputs).float(), task.logits(taught).float(), seen)
+            found = self.losses(task.logits(outputs).float(), taught.float(), seen)
         return terms | found
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -286,6 +305,8 @@ class Loop:
         """Metrics on the validation data, a line of history, and the best weights so far."""
         state = self.state
         self.evaluated = state.step
+        if self.teacher is not None:
+            self.teacher.save()
         metrics = {}
         if self.val is not None:
             metrics = evaluate(state.student, self.val, self.pieces.task, self.device)
