@@ -19,13 +19,14 @@ from cpd.distill.failures import explained
 from cpd.distill.optim import Schedule, build_optimizer
 from cpd.distill.options import LoopOptions, TrainOptions
 from cpd.distill.seeds import derive, seed_all
+from cpd.distill.spread import Sharded, snapshot, spread
 from cpd.distill.teacher import Sample, Teacher, samples
 from cpd.errors import InputError, NonFiniteLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Loop", "Pieces", "snapshot"]
+__all__ = ["Loop", "Pieces"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,6 @@ class Pieces:
     train: Any
     val: Any = None
     kept: Mapping[str, Any] | None = None
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a model's parameters and buffers, on the CPU."""
-    return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
 
 
 class Loop:
@@ -84,7 +80,8 @@ class Loop:
         self.val = None if pieces.val is None else self._batches(pieces.val, train=False)
         total = self._length() if steps is None else steps
         self.state = State(stage, total, pieces.student, main=self.accelerator.is_main_process)
-        self.model: nn.Module = self.accelerator.prepare_model(pieces.student)
+        self.spread = spread(self.accelerator, pieces.student, options.parallel)
+        self.model: nn.Module = self.spread.model
         self.teacher = self._teacher()
         self.losses = self._attached()
         self.optimizer, self.schedule = self._optimizer(total)
@@ -132,6 +129,8 @@ class Loop:
     def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, Schedule]:
         options = self.options
         trained: nn.Module = self.pieces.student
+        if isinstance(self.spread, Sharded) and self._learning():
+            raise InputError("losses that learn along need parallel: ddp, not fsdp")
         if self.losses is not None and self._learning():
             trained = nn.ModuleList([trained, self.losses.modules])
         optimizer = build_optimizer(trained, options.optimizer, norm_decay=options.norm_decay)
@@ -184,10 +183,10 @@ class Loop:
         if state.step and self.evaluated != state.step:
             self._evaluate()
         if self.best is not None and self.keep == "best":
-            state.student.load_state_dict(self.best["weights"])
+            self.spread.load(self.best["weights"])
         self.optimizer.zero_grad(set_to_none=True)
         self.callbacks("on_end", state)
-        return state.student
+        return self.spread.whole()
 
     def _finished(self) -> bool:
         return self.state.stop or self.state.step >= self.state.total
@@ -223,6 +222,7 @@ class Loop:
     def _step(self, batch: Any, known: list[Sample]) -> None:
         state = self.state
         seed_all(derive(self.seed, "step", state.step, self.accelerator.process_index))
+        self.spread.before_step()
         rows = size(batch)
         chunks = parts(batch, self.options.accumulate)
         state.losses, state.rate = {}, self.schedule.rate
@@ -247,8 +247,7 @@ class Loop:
         self.callbacks("after_step", state)
 
     def _backward(self, chunk: Any, share: float, known: list[Sample]) -> None:
-        wait = nullcontext() if self.state.synced else self.accelerator.no_sync(self.model)
-        with wait:
+        with self.spread.waiting(self.state.synced):
             terms = self._terms(chunk, known)
             self._record(terms, share, chunk)
             shares = {name: term * share for name, term in terms.items()}
@@ -309,7 +308,7 @@ class Loop:
             self.teacher.save()
         metrics = {}
         if self.val is not None:
-            metrics = evaluate(state.student, self.val, self.pieces.task, self.device)
+            metrics = evaluate(self.spread.whole(), self.val, self.pieces.task, self.device)
             self._compare(metrics)
         means = {name: total / max(1, self.counted) for name, total in self.sums.items()}
         self.sums, self.counted = {}, 0
@@ -335,20 +334,23 @@ class Loop:
         value = metrics[task.primary] * (1 if task.higher_is_better else -1)
         self.schedule.measured(-value)
         if self.keep == "best" and (self.best is None or value > self.best["value"]):
-            weights = snapshot(self.state.student)
+            weights = snapshot(self.spread.whole())
             self.best = {"value": value, "step": self.state.step, "weights": weights}
 
     # --- pause and go on
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the stage depends on, the student's weights included."""
+        """Everything the rest of the stage depends on, the student's weights included.
+
+        Every process has to call it where the student lies in shards.
+        """
         state = self.state
         return {
             "at": {"step": state.step, "epoch": state.epoch, "batch": state.batch},
             "stop": state.stop,
             "rate": state.rate,
-            "student": snapshot(state.student),
-            "optimizer": self.optimizer.state_dict(),
+            "student": snapshot(self.spread.whole()),
+            "optimizer": self.spread.optimizer_state(self.optimizer),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "evaluated": self.evaluated,
@@ -363,8 +365,8 @@ class Loop:
         state.step, state.epoch, state.batch = at["step"], at["epoch"], at["batch"]
         state.stop, state.rate = saved["stop"], saved["rate"]
         state.history = list(saved["history"])
-        state.student.load_state_dict(saved["student"])
-        self.optimizer.load_state_dict(dict(saved["optimizer"]))
+        self.spread.load(saved["student"])
+        self.spread.load_optimizer(self.optimizer, saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         if self.losses is not None:
             self.losses.modules.load_state_dict(saved.get("losses", {}))
