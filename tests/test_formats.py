@@ -192,3 +192,15 @@ def test_int8_refuses(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_text("no")
     with pytest.raises(ArtefactError, match="not a valid ONNX file"):
         exporters.Running(tmp_path / "bad.onnx")
+
+
+def test_the_example_of_prune_then_quantize(tmp_path: Path) -> None:
+    from examples import quantize
+
+    rows = quantize.main(tmp_path, runs=20)
+    assert [name for name, *_ in rows] == list(quantize.NAMES)
+    sizes = [size for _, _, size, _ in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    shares = [share for _, share, _, _ in rows]
+    assert shares[0] > 0.7
+    assert shares[2] > shares[1] - 0.03
