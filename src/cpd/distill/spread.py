@@ -76,7 +76,7 @@ class Sharded(Spread):
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         try:
             made: Any = fully_shard(student, mesh=mesh)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             raise InputError(
                 f"{type(self.copy).__name__} cannot be sharded: {error}. Use parallel: ddp"
             ) from error

@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from cpd.errors import ArtefactError, ExportError, OutputError
 from cpd.exporters._call import brief
-from cpd.exporters.artefact import MANIFEST, PLAN, TENSORS, load
+from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS
 
 __all__ = ["pull", "push"]
 
@@ -48,34 +46,27 @@ def push(folder: str | os.PathLike[str], repository: str, **options: Any) -> str
     return str(getattr(done, "commit_url", done))
 
 
-def pull(
-    repository: str, model: nn.Module, *, revision: str | None = None, **options: Any
-) -> nn.Module:
-    """The cut network of an artefact on the hub, or in a local folder of that name.
+def pull(repository: str, *, revision: str | None = None, **options: Any) -> Path:
+    """Download an artefact; return its folder, for ``cpd.load``, which reads it as untrusted.
 
-    Only the three files of an artefact are downloaded, and they are read as untrusted, as
-    ``cpd.load`` does. A branch may change: name a commit as ``revision`` for what must not.
+    Only the three files of an artefact are downloaded. A branch may change: name a commit as
+    ``revision`` for what must not.
 
     Args:
-        repository: "owner/name", or a folder.
-        model: the unpruned network with any weights.
+        repository: "owner/name".
         revision: a branch, a tag or a commit.
-        **options: of ``huggingface_hub.snapshot_download``, such as ``token`` or ``cache_dir``.
+        **options: of ``huggingface_hub.snapshot_download``, such as ``token`` or ``local_dir``.
 
     Raises:
-        ArtefactError: it cannot be reached, or holds no whole artefact. ExportError:
-            huggingface_hub is missing. PlanMismatch: it was made for another network.
+        ArtefactError: it cannot be reached. ExportError: huggingface_hub is missing.
     """
-    folder = Path(repository)
-    if not folder.is_dir():
-        try:
-            found = _library().snapshot_download(
-                repository, revision=revision, allow_patterns=list(FILES), **options
-            )
-        except (OSError, ValueError) as error:
-            raise ArtefactError(f"{repository} cannot be read: {brief(error)}") from error
-        folder = Path(found)
-    return load(folder, model)
+    try:
+        found = _library().snapshot_download(
+            repository, revision=revision, allow_patterns=list(FILES), **options
+        )
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{repository} cannot be read: {brief(error)}") from error
+    return Path(found)
 
 
 def _library() -> Any:
