@@ -65,6 +65,7 @@ rules: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.loop
 
 bench-large: $(STAMP)
 	$(BIN)/python -m bench.large

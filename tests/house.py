@@ -20,6 +20,7 @@ EXCEPTIONS: dict[str, str] = {
     "losses/af_dcd.py:AfDCD.__init__:parameters": "each parameter is an option of the recipe",
     "data/scenes.py:scenes:parameters": "each parameter is an option of the recipe",
     "cli/commands.py:Shell.comb:parameters": "each parameter is a flag of the command",
+    "cli/commands.py:Shell.export:parameters": "each parameter is a flag of the command",
     "cli/commands.py:Shell.prune:parameters": "each parameter is a flag of the command",
     "cli/commands.py:Shell.sensitivity:parameters": "each parameter is a flag of the command",
     "attention.py:CutMultiheadAttention.forward:parameters": "called as nn.MultiheadAttention is",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 import warnings
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from examples import common, plain
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
+pytest.importorskip("lightning")
 
 LOOPS = {
     "with_accelerate": {},
@@ -43,8 +41,6 @@ def quiet():
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop_makes_the_plan_of_a_plain_one(name, wanted, quiet):
-    if name == "with_lightning" and find_spec("lightning") is None:
-        pytest.skip("Lightning is not installed: its callback is driven by hand below")
     small, plan = importlib.import_module(f"examples.{name}").main(**LOOPS[name])
     assert plan.to_json() == wanted[1].to_json()
     for one, two in zip(small.parameters(), wanted[0].parameters(), strict=True):
@@ -169,34 +165,103 @@ def test_a_network_of_transformers_is_pruned_and_distilled(tmp_path, quiet):
     assert cpd.costs.params(small) < 0.8 * cpd.costs.params(teacher)
 
 
-def test_the_callback_of_lightning_by_hand(wanted, monkeypatch):
-    """Its hooks in the order in which Lightning calls them: gradients are computed in the step."""
-    if find_spec("lightning") is None:
-        callbacks = types.ModuleType("lightning.pytorch.callbacks")
-        callbacks.Callback = object
-        for name in ("lightning", "lightning.pytorch"):
-            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", callbacks)
+# --- Lightning
+
+
+def lit(pruner, folder, *, parts=1, callbacks=(), **more):
+    from lightning.pytorch import Trainer
+
     from cpd.adapters.lightning import PruneCallback
 
-    model = common.network().train()
-    optimizer = common.optimizer_of(model)
-    pruner = cpd.Pruner(model, common.EXAMPLE, **common.PRUNING)
-    callback = PruneCallback(pruner)
-    callback.on_train_start(types.SimpleNamespace(optimizers=[optimizer]), model)
-    for batch in common.loader():
+    return Trainer(
+        max_steps=36,
+        accelerator="cpu",
+        accumulate_grad_batches=parts,
+        callbacks=[PruneCallback(pruner), *callbacks],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **more,
+    )
 
-        def closure(batch=batch):
-            optimizer.zero_grad()
-            loss = model(**batch)["loss"]
-            loss.backward()
-            callback.on_before_optimizer_step(None, model, optimizer)
-            return loss
 
-        optimizer.step(closure)
-    callback.on_train_end(None, model)
-    assert callback.state_dict()["steps"] == common.STEPS
-    assert pruner.plan.to_json() == wanted[1].to_json()
-    again = PruneCallback(cpd.Pruner(common.network(), common.EXAMPLE, **common.PRUNING))
-    again.load_state_dict(callback.state_dict())
-    assert again.pruner.plan.to_json() == wanted[1].to_json()
+class Placed:
+    """Batches that know where they are: Lightning keeps the place of a loader that tells it."""
+
+    def __init__(self):
+        self.batches, self.at = list(common.loader()), 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def test_a_trainer_of_lightning_goes_on_from_its_checkpoint(tmp_path, quiet):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from examples.with_lightning import Module
+
+    found = []
+    for folder in (None, tmp_path / "at-12.ckpt"):
+        module = Module()
+        pruner = cpd.Pruner(module.net, common.EXAMPLE, **SHORT)
+        named = {"filename": "at-{step}", "auto_insert_metric_name": False}
+        keeper = ModelCheckpoint(tmp_path, every_n_train_steps=12, save_top_k=-1, **named)
+        made = lit(pruner, tmp_path, callbacks=[keeper] if folder is None else [])
+        made.fit(module, Placed(), ckpt_path=None if folder is None else str(folder))
+        assert pruner.steps == 36
+        found.append((pruner.plan.to_json(), pruner.finish().state_dict()))
+    assert found[0][0] == found[1][0]
+    for name, tensor in found[0][1].items():
+        assert torch.equal(tensor, found[1][1][name]), name
+
+
+@pytest.mark.parametrize("importance", ["taylor", "fisher"])
+def test_accumulated_batches_of_lightning(importance, tmp_path, quiet):
+    from torch.utils.data import DataLoader
+
+    from examples.with_lightning import Module
+
+    plans = []
+    for parts in (1, 2):
+        module = Module()
+        for each in module.modules():
+            if isinstance(each, nn.BatchNorm2d):
+                each.train = lambda mode=True, each=each: each
+                each.training = False  # statistics of a part are not those of the batch
+        pruner = cpd.Pruner(module.net, common.EXAMPLE, **{**SHORT, "importance": importance})
+        loader = DataLoader(common.Ordered(), common.BATCH // parts)
+        lit(pruner, tmp_path, parts=parts).fit(module, loader)
+        assert pruner.steps == 36
+        plans.append({w.group: w.after for w in pruner.plan.widths})
+    assert plans[0] == plans[1]
+
+
+def test_lightning_trains_on_what_is_cut(tmp_path, quiet):
+    """In float64: rounding of float32 grows until a ReLU turns the other way."""
+    from examples.with_lightning import Module
+
+    found = []
+    example = {name: value.double() for name, value in common.EXAMPLE.items()}
+    for every in (0, 1):
+        module = Module().double()
+        pruner = cpd.Pruner(module.net, example, **SHORT, cut_every=every)
+        lit(pruner, tmp_path, precision="64-true").fit(module, common.loader())
+        found.append((pruner.plan.to_json(), pruner.finish(), module))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] is found[1][2].net
+    for one, two in zip(found[0][1].parameters(), found[1][1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)

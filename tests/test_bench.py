@@ -72,3 +72,31 @@ def test_wrong_options_are_named(options: list[str], text: str) -> None:
     done = bench(*options)
     assert done.returncode == 2
     assert text in done.stderr
+
+
+def test_cutting_while_training_against_masks(tmp_path: Path) -> None:
+    output = tmp_path / "loop.json"
+    words = ["--width", "32", "--interval", "2", "--events", "2", "--after", "1"]
+    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.loop", *words, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the same final plan: yes" in done.stdout
+    result = json.loads(output.read_text())["result"]
+    assert result["same_plan"] is True
+    assert result["left"] < 0.31
+    for name in ("masks", "cut"):
+        rows = result["rows"][name]
+        assert [row["event"] > 0 for row in rows] == [True, True, False]
+        assert rows[0]["left"] == 1.0
+        assert rows[2]["left"] == result["left"]
+        total = sum(row["seconds"] for row in rows) + result["finish"][name]
+        assert result["total"][name] == pytest.approx(total)
+    assert result["ratio"] == pytest.approx(result["total"]["masks"] / result["total"]["cut"])

@@ -277,6 +277,36 @@ def test_report_bench_and_export_of_an_artefact(artefact, capsys, tmp_path):
     assert (tmp_path / "again.onnx").stat().st_size > 1000
 
 
+def grey():
+    """For digits."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU())
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128, 10))
+
+
+def test_an_artefact_is_exported_in_every_format_and_int8_is_measured(tmp_path, capsys):
+    from cpd import exporters
+    from cpd.cli.formats import FORMATS
+
+    out, typed = tmp_path / "pruned", ("--model", "test_cli:grey")
+    given = ("--input_shape", "1,8,8", "--output", out)
+    assert run("prune", "test_cli:grey", "--target", "macs=0.5", *given) == 0
+    data = ("--data", "{digits: {size: 8}}")
+    assert run("export", out, *typed, "--kind", "int8") == 2
+    assert "--data digits" in capsys.readouterr().err
+    for kind, name in FORMATS.items():
+        assert run("export", out, *typed, "--kind", kind, *data, "--batches", 2) == 0
+        assert (out / name).stat().st_size > 1000
+    assert "ranges of 2 batches" in capsys.readouterr().out
+    assert run("export", out, *typed, "--kind", "int9") == 2
+    assert "did you mean 'int8'" in " ".join(capsys.readouterr().err.split())
+    exporters.onnx(grey(), torch.zeros(2, 1, 8, 8), out / "base.onnx")
+    assert run("bench", out, "--runs", 5, "--warmup", 1, "--threads", 1, *data) == 0
+    shown = capsys.readouterr().out
+    assert "then quantized to int8" in shown
+    assert shown.count("top1") == 2
+
+
 def test_prune_saves_what_export_reads(tmp_path, capsys):
     out = tmp_path / "pruned"
     words = ["--target", "macs=0.5", "--input_shape", "3,8,8", "--output", out]

@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import cpd
 from cpd import errors
 from cpd.distill import Callback, TrainOptions, coerce, distill, read, write
 from cpd.distill.batches import Batches, parts, unpack
 from cpd.distill.optim import Schedule, build_optimizer, optimizers, schedules
+from cpd.distill.spread import Sharded
 
 HERE = Path(__file__).parent
 
@@ -277,6 +280,61 @@ def test_two_processes_train_as_one(tmp_path):
     found = load_file(tmp_path / "weights")
     for name, tensor in two_processes().distilled().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_cut_student_learns_on_two_processes_as_on_one(parallel, tmp_path):
+    """Whole on each, or in shards; broken off and resumed; uneven widths, batches and parts."""
+    (tmp_path / "one").mkdir()
+    launched(parallel, tmp_path)
+    found = load_file(tmp_path / "weights")
+    for name, tensor in two_processes().taught(tmp_path / "one", parallel).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield types.SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    torch.distributed.destroy_process_group()
+
+
+def test_what_cannot_be_in_shards_is_refused(alone):
+    sharded = Sharded(alone, network())
+    with pytest.raises(errors.InputError, match=r"lies in shards \(FSDP\).*shard what comes out"):
+        cpd.Pruner(sharded.student, torch.zeros(2, 6), target="macs=0.5")
+    model = network()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(errors.InputError, match="cannot be sharded"):
+        Sharded(alone, model)
+    with pytest.raises(errors.InputError, match=r"prune\.parallel must be ddp"):
+        cpd.compress(network(), data=Blobs(), target="macs=0.5", prune={"parallel": "fsdp"})
+    with pytest.raises(errors.UnknownName, match="did you mean 'fsdp'"):
+        coerce(TrainOptions, {"parallel": "fsdp2"})
+
+
+def test_shards_hold_what_the_network_holds(alone):
+    """Values, buffers and moments come together whole, and go back into shards."""
+    model = network()
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sharded = Sharded(alone, model)
+    assert {
+        n: torch.equal(t, wanted[n]) for n, t in sharded.whole().state_dict().items()
+    } == dict.fromkeys(wanted, True)
+    assert type(sharded.whole()) is nn.Sequential
+    optimizer = torch.optim.AdamW(model.parameters())
+    sharded.model(torch.randn(5, 6)).sum().backward()
+    optimizer.step()
+    state = sharded.optimizer_state(optimizer)
+    assert state["state"][0]["exp_avg"].shape == (16, 6)
+    assert not hasattr(state["state"][0]["exp_avg"], "full_tensor")
+    sharded.load_optimizer(optimizer, state)
+    assert hasattr(next(iter(optimizer.state.values()))["exp_avg"], "full_tensor")
+    sharded.load(wanted)
+    assert same(sharded.whole(), network())
 
 
 def two_processes():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from cpd.errors import (
     OutputError,
     PlanMismatch,
 )
+from cpd.exporters import _call
 from cpd.plan import Plan
 
 TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
@@ -158,8 +158,7 @@ def test_onnx_takes_an_opset(tmp_path: Path) -> None:
 
 
 def test_onnx_reports_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["cpd.exporters.onnx"]
-    monkeypatch.setattr(module, "_TOLERANCE_ELSE", -1.0)
+    monkeypatch.setattr("cpd.exporters._call.TOLERANCE_ELSE", -1.0)
     target = tmp_path / "model.onnx"
     target.write_text("old")
     with pytest.raises(ExportError, match=r"batch size 2: .* differs from the model by \d"):
@@ -174,9 +173,8 @@ def test_onnx_reports_the_difference(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_onnx_is_compared_at_two_batch_sizes(
     size: int, compared: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["cpd.exporters.onnx"]
     sizes: list[int] = []
-    monkeypatch.setattr(module, "_compare_output", lambda *given: sizes.append(given[-1]))
+    monkeypatch.setattr("cpd.exporters._call.compared", lambda *given: sizes.append(given[-1]))
     model = nn.Sequential(nn.Linear(4, 3))
     exporters.onnx(model, torch.randn(size, 4), tmp_path / "open.onnx")
     assert sizes == compared
@@ -199,12 +197,12 @@ def test_onnx_is_compared_at_two_batch_sizes(
     ],
 )
 def test_the_difference(want: list[float], have: list[float], difference: float) -> None:
-    measure = sys.modules["cpd.exporters.onnx"]._difference
+    measure = _call.difference
     assert measure(torch.tensor(want), torch.tensor(have)) == difference
 
 
 def test_onnx_refuses_a_nan_the_model_does_not_have() -> None:
-    compare = sys.modules["cpd.exporters.onnx"]._compare_output
+    compare = _call.compared
     with pytest.raises(ExportError, match="'y' at batch size 1"):
         compare("y", torch.ones(1), torch.full((1,), float("nan")), 1)
 

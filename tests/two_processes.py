@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +62,48 @@ def distilled() -> dict[str, torch.Tensor]:
 
     options = {**OPTIONS, "epochs": 3}
     result = distill(network(), teacher=network(), data=Split(), options=options, seed=1)
+    metrics = torch.tensor([entry["metrics"]["top1"] for entry in result.history])
+    return {**result.model.state_dict(), "metrics": metrics}
+
+
+class Stop:
+    """Breaks a run off, on every process."""
+
+    def after_step(self, state):
+        if state.step == 8:
+            raise KeyboardInterrupt
+
+
+def taught(folder: Path, parallel: str) -> dict[str, torch.Tensor]:
+    """Weights of a cut network after distillation from the whole one, broken off and gone on with.
+
+    Widths, batches and parts are uneven; a checkpoint lies behind the first epoch.
+    """
+    import cpd
+    from cpd.distill import distill
+
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    small, plan = cpd.prune(network(), example, importance="magnitude", target="macs=0.3")
+    assert any(width.after % 2 for width in plan.widths)
+    data = Split()
+    inputs, targets = data.train.tensors
+    data.train = TensorDataset(inputs[:90], targets[:90])
+    options = {
+        **OPTIONS,
+        "accumulate": 3,
+        "clip": 1.0,
+        "optimizer": {"name": "AdamW", "lr": 0.01},
+        "epochs": 3,
+        "parallel": parallel,
+    }
+    given = {"data": data, "teacher": network(), "options": options, "seed": 1}
+    broken: dict[str, Any] = {"checkpoint": folder / "checkpoint", "resume": True}
+    with contextlib.suppress(KeyboardInterrupt):
+        distill(small, **given, **broken, callbacks=(Stop(),))
+    assert (folder / "checkpoint").exists()
+    result = distill(small, **given, **broken)
+    assert type(result.model) is type(small)
+    assert result.history[-1]["step"] == 15
     metrics = torch.tensor([entry["metrics"]["top1"] for entry in result.history])
     return {**result.model.state_dict(), "metrics": metrics}
 
@@ -126,7 +170,12 @@ def main(mode: str, out: Path) -> None:
     torch.set_num_threads(1)
     if mode == "pruner" and "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
-    modes = {"distill": distilled, "pruner": lambda: pruned(out)}
+    modes = {
+        "distill": distilled,
+        "ddp": lambda: taught(out, "ddp"),
+        "fsdp": lambda: taught(out, "fsdp"),
+        "pruner": lambda: pruned(out),
+    }
     weights = modes.get(mode, lambda: compressed(out / "run"))()
     parallel = torch.distributed.is_initialized()
     if not parallel or torch.distributed.get_rank() == 0:

@@ -23,10 +23,21 @@ class PruneCallback(Callback):
         """`pruner`: it observes the gradients before they are clipped."""
         self.pruner = pruner
         self.attached: list[Any] = []
+        self.whole = True
 
     def on_train_start(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         """Watch the optimizers: Lightning computes gradients inside their steps."""
         self.attached = [self.pruner.attach(each, observe=False) for each in trainer.optimizers[:1]]
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Know whether a step follows this batch, or gradients add up over more of them."""
+        parts = int(trainer.accumulate_grad_batches)
+        self.whole = bool((batch_idx + 1) % parts == 0 or trainer.is_last_batch)
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
+        """Look at a part of an accumulated batch."""
+        if not self.whole:
+            self.pruner.observe(whole=False)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:  # noqa: ARG002
         """Look at the gradients."""

@@ -90,27 +90,43 @@ class Shell:
         model: str | None = None,
         model_args: dict[str, Any] | None = None,
         dynamic_batch: bool = True,
+        kind: str = "onnx",
+        data: str | dict[str, Any] | None = None,
+        batches: int = 8,
+        batch_size: int = 64,
     ) -> None:
-        """Export the network of an artefact to ONNX, checked against PyTorch.
+        """Export the network of an artefact, checked against PyTorch; or quantize it to int8.
 
         Args:
             folder: what compress or prune wrote.
-            to: the file; model.onnx in the folder by default.
+            to: the file; model.onnx, model.pt2, model.xml or model.int8.onnx in the folder by
+                default.
             model: where the unpruned network comes from, if the folder does not say.
             model_args: arguments for making it.
             dynamic_batch: leave the batch size open.
+            kind: onnx, pt2, openvino or int8.
+            data: for int8, a name of the data shelf; ranges are taken from its training samples.
+            batches: for int8, batches to take ranges from.
+            batch_size: for int8, samples of each.
         """
         from cpd import exporters
+        from cpd.cli.formats import FORMATS, calibration, written
         from cpd.plan import Plan
         from cpd.verify import inputs_like
 
         source = noted(Path(folder), model, model_args)
         network = exporters.load(folder, made(source))
         plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-        path = Path(to) if to is not None else Path(folder) / "model.onnx"
+        path = Path(to) if to is not None else Path(folder) / FORMATS.get(kind, "model")
         args, kwargs = inputs_like(plan)
-        exporters.onnx(network, kwargs or args, path, dynamic_batch=dynamic_batch)
-        self.console.print(f"{path}: {path.stat().st_size:,} bytes, checked against PyTorch")
+
+        def calibrate() -> list[Any]:
+            return calibration(data, batches, batch_size)
+
+        call = kwargs or args
+        written(network, call, path, kind, dynamic_batch=dynamic_batch, calibrate=calibrate)
+        checked = f"ranges of {batches} batches" if kind == "int8" else "checked against PyTorch"
+        self.console.print(f"{path}: {path.stat().st_size:,} bytes, {checked}")
 
     def bench(
         self,
@@ -119,34 +135,37 @@ class Shell:
         warmup: int = 50,
         batch: int = 1,
         threads: int | None = None,
+        data: str | dict[str, Any] | None = None,
+        task: str | dict[str, Any] = "classification",
     ) -> None:
-        """Measure the ONNX files of an artefact again, before and after in turns.
+        """Measure the ONNX files of an artefact again, before, after and int8 in turns.
 
         Args:
-            folder: what compress wrote, with base.onnx and model.onnx.
+            folder: what compress wrote, with base.onnx and model.onnx, and what export --kind
+                int8 wrote, where it did.
             runs: timed runs of each.
             warmup: untimed runs before.
             batch: samples of a run.
             threads: threads within an operator; every core by default.
+            data: a name of the data shelf, to measure the accuracy of the files on its test part.
+            task: what the accuracy is of.
         """
-        from cpd.costs import latency
-        from cpd.report import Measures, Report, environment
+        from cpd.cli.formats import INT8, measured
+        from cpd.report import Report, environment
 
         paths = [Path(folder) / name for name in ("base.onnx", "model.onnx")]
+        paths += [path for path in (Path(folder) / INT8,) if path.exists()]
+        how = {"runs": runs, "warmup": warmup, "batch": batch, "threads": threads}
         with Bars(self.console) as bars:
 
             def told(done: int, total: int) -> None:
                 bars.on_event("bench", {"done": done, "of": total})
 
-            times = latency.compare(
-                paths, runs=runs, warmup=warmup, batch=batch, threads=threads, progress=told
-            )
-        sizes = [path.stat().st_size for path in paths]
-        before, after = (
-            Measures(onnx_bytes=size, latency=time) for size, time in zip(sizes, times, strict=True)
-        )
+            before, after, *quantized = measured(paths, data, task, told, **how)
         title = f"{folder}: {runs} runs of batch {batch} on {environment()['machine']}"
         self.console.print(Report(before, after, title=title).table())
+        for found in quantized:
+            self.console.print(Report(after, found, title="then quantized to int8").table())
 
     def report(self, folder: str) -> None:
         """Show the report of a run and write its page again.

@@ -158,6 +158,11 @@ class CompressConfig:
         if isinstance(self.teacher, str) and self.teacher != "self":
             text = f"teacher must be 'self', a network or None, got {self.teacher!r}"
             raise InputError(text)
+        if self.prune.parallel != "ddp":
+            raise InputError(
+                "prune.parallel must be ddp: scores and masks need whole tensors. base and recover "
+                "may be fsdp"
+            )
         value: Any = self.repair
         if not isinstance(value, int) or value < 0:
             text = f"repair must be a whole number of at least 0, got {value!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +35,7 @@ from cpd.distill import (
 from cpd.distill.batches import Batches, unpack
 from cpd.distill.callbacks import Callbacks
 from cpd.distill.optim import try_out
+from cpd.distill.teacher import digest
 from cpd.errors import InputError, VerifyError
 from cpd.groups import Groups
 from cpd.plan import Plan
@@ -292,13 +292,3 @@ class Run:
     def recover(self, small: nn.Module, plan: Plan, proof: str) -> nn.Module:
         """The cut network, trained with its teacher at a rate that starts anew."""
         return self._train("recover", small, self.config.recover, plan=plan.to_json(), proof=proof)
-
-
-def digest(model: nn.Module) -> str:
-    """A hash of a network's class, and of the names, shapes and values of its tensors."""
-    found = hashlib.sha256(type(model).__qualname__.encode())
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(raw.numpy().tobytes())
-    return found.hexdigest()

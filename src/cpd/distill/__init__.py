@@ -20,9 +20,10 @@ from cpd.distill.callbacks import Callback, State
 from cpd.distill.checkpoint import exists, newest, read, write
 from cpd.distill.evaluate import evaluate
 from cpd.distill.interrupt import Stopper, Stops
-from cpd.distill.loop import Loop, Pieces, snapshot
+from cpd.distill.loop import Loop, Pieces
 from cpd.distill.options import LoopOptions, TrainOptions, coerce
 from cpd.distill.seeds import derive, isolated
+from cpd.distill.spread import snapshot
 from cpd.errors import CPDError, InputError
 from cpd.plan import Plan
 
@@ -86,13 +87,15 @@ class Saver(Callback):
 
     def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:  # noqa: ARG002
         """Write the loop's state from the main process."""
-        if state.main:
-            self.save()
+        self.save()
 
     def save(self) -> None:
-        """Write the loop's state."""
-        if self.loop is not None and self.loop.state.main:
-            write(self.path, self.loop.state_dict(), generations=True)
+        """Write the loop's state from the main process; every process gives its part of it."""
+        if self.loop is None:
+            return
+        value = self.loop.state_dict()
+        if self.loop.state.main:
+            write(self.path, value, generations=True)
 
     def on_bad_batch(self, state: State, details: dict[str, Any]) -> None:  # noqa: ARG002
         """Keep the batch beside the checkpoint."""

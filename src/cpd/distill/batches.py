@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from cpd.distill.seeds import derive, seed_all
 from cpd.errors import InputError
 
-__all__ = ["Batches", "examples", "parts", "size", "to_device", "unpack"]
+__all__ = ["Batches", "examples", "parts", "size", "tensors", "to_device", "unpack"]
 
 
 def _mapped(batch: Any, change: Any) -> Any:
@@ -31,7 +31,8 @@ def _mapped(batch: Any, change: Any) -> Any:
     return batch
 
 
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+def tensors(batch: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of a nest that has axes."""
     found: list[torch.Tensor] = []
     _mapped(batch, lambda tensor: found.append(tensor) if tensor.ndim else None)
     return iter(found)
@@ -43,7 +44,7 @@ def size(batch: Any) -> int:
     Raises:
         InputError: a batch without a tensor.
     """
-    for tensor in _tensors(batch):
+    for tensor in tensors(batch):
         return int(tensor.shape[0])
     raise InputError(f"a batch must hold a tensor, one row a sample; got {type(batch).__name__}")
 
@@ -210,15 +211,22 @@ class Batches:
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, without the first ``skip``."""
+        for _, batch in self.numbered(number, skip):
+            yield batch
+
+    def numbered(self, number: int, skip: int = 0) -> Iterator[tuple[list[int] | None, Any]]:
+        """The same, each with the numbers of its samples; None where a loader does not say."""
         seed_all(derive(self.seed, "epoch", number))
         if not self.is_dataset:
-            yield from self._loaded(number, skip)
+            for batch in self._loaded(number, skip):
+                yield None, batch
             return
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(number)
         order, loader = self._loader
-        order.batches = [[(number, k) for k in batch] for batch in self._indices(number)[skip:]]
-        yield from loader
+        chosen = self._indices(number)[skip:]
+        order.batches = [[(number, k) for k in batch] for batch in chosen]
+        yield from zip(chosen, loader, strict=True)
 
     @cached_property
     def _loader(self) -> tuple[_Order, DataLoader[Any]]:

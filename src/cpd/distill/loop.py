@@ -19,12 +19,14 @@ from cpd.distill.failures import explained
 from cpd.distill.optim import Schedule, build_optimizer
 from cpd.distill.options import LoopOptions, TrainOptions
 from cpd.distill.seeds import derive, seed_all
+from cpd.distill.spread import Sharded, snapshot, spread
+from cpd.distill.teacher import Sample, Teacher, samples
 from cpd.errors import InputError, NonFiniteLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Loop", "Pieces", "snapshot"]
+__all__ = ["Loop", "Pieces"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,6 @@ class Pieces:
     train: Any
     val: Any = None
     kept: Mapping[str, Any] | None = None
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a model's parameters and buffers, on the CPU."""
-    return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
 
 
 class Loop:
@@ -83,15 +80,30 @@ class Loop:
         self.val = None if pieces.val is None else self._batches(pieces.val, train=False)
         total = self._length() if steps is None else steps
         self.state = State(stage, total, pieces.student, main=self.accelerator.is_main_process)
-        self.model: nn.Module = self.accelerator.prepare_model(pieces.student)
-        if pieces.teacher is not None:
-            pieces.teacher.to(self.device).eval().requires_grad_(False)
+        self.spread = spread(self.accelerator, pieces.student, options.parallel)
+        self.model: nn.Module = self.spread.model
+        self.teacher = self._teacher()
         self.losses = self._attached()
         self.optimizer, self.schedule = self._optimizer(total)
         self.best: dict[str, Any] | None = None
         self.evaluated = -1
         self.sums: dict[str, float] = {}
         self.counted = 0
+
+    def _teacher(self) -> Teacher | None:
+        pieces, options = self.pieces, self.options
+        if pieces.teacher is None:
+            return None
+        made = Teacher(
+            pieces.teacher,
+            pieces.task,
+            device=self.device,
+            precision=options.teacher_precision or options.precision,
+            cache=options.teacher_cache,
+            rank=self.accelerator.process_index,
+        )
+        made.check(self.train, loss_shelf.resolve(pieces.losses).points)
+        return made
 
     def _attached(self) -> loss_shelf.Attached | None:
         """The losses between student and teacher, checked before anything is trained."""
@@ -117,6 +129,8 @@ class Loop:
     def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, Schedule]:
         options = self.options
         trained: nn.Module = self.pieces.student
+        if isinstance(self.spread, Sharded) and self._learning():
+            raise InputError("losses that learn along need parallel: ddp, not fsdp")
         if self.losses is not None and self._learning():
             trained = nn.ModuleList([trained, self.losses.modules])
         optimizer = build_optimizer(trained, options.optimizer, norm_decay=options.norm_decay)
@@ -169,10 +183,10 @@ class Loop:
         if state.step and self.evaluated != state.step:
             self._evaluate()
         if self.best is not None and self.keep == "best":
-            state.student.load_state_dict(self.best["weights"])
+            self.spread.load(self.best["weights"])
         self.optimizer.zero_grad(set_to_none=True)
         self.callbacks("on_end", state)
-        return state.student
+        return self.spread.whole()
 
     def _finished(self) -> bool:
         return self.state.stop or self.state.step >= self.state.total
@@ -180,9 +194,11 @@ class Loop:
     def _epoch(self) -> None:
         """The rest of the current epoch."""
         state = self.state
-        for batch in self.train.epoch(state.epoch, state.batch):
+        cached = self.teacher is not None and self.teacher.folder is not None
+        for numbers, batch in self.train.numbered(state.epoch, state.batch):
             state.batch += 1
-            self._step(to_device(batch, self.device))
+            known = samples(numbers, batch) if cached else []
+            self._step(to_device(batch, self.device), known)
             if self._finished() and state.batch != self.train.length:
                 return
         if not state.batch:
@@ -203,15 +219,19 @@ class Loop:
 
     # --- one step
 
-    def _step(self, batch: Any) -> None:
+    def _step(self, batch: Any, known: list[Sample]) -> None:
         state = self.state
         seed_all(derive(self.seed, "step", state.step, self.accelerator.process_index))
+        self.spread.before_step()
         rows = size(batch)
         chunks = parts(batch, self.options.accumulate)
         state.losses, state.rate = {}, self.schedule.rate
+        first = 0
         for number, chunk in enumerate(chunks, start=1):
             state.synced = number == len(chunks)
-            self._backward(chunk, size(chunk) / rows)
+            count = size(chunk)
+            self._backward(chunk, count / rows, known[first : first + count])
+            first += count
         if self.accelerator.num_processes > 1:
             for parameter in self._learning():  # of no wrapped module: averaged by hand
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
@@ -226,31 +246,29 @@ class Loop:
         self.counted += 1
         self.callbacks("after_step", state)
 
-    def _backward(self, chunk: Any, share: float) -> None:
-        wait = nullcontext() if self.state.synced else self.accelerator.no_sync(self.model)
-        with wait:
-            terms = self._terms(chunk)
+    def _backward(self, chunk: Any, share: float, known: list[Sample]) -> None:
+        with self.spread.waiting(self.state.synced):
+            terms = self._terms(chunk, known)
             self._record(terms, share, chunk)
             shares = {name: term * share for name, term in terms.items()}
             self.callbacks("before_backward", self.state, shares)
             self.accelerator.backward(torch.stack(list(shares.values())).sum())
         self.callbacks("after_backward", self.state)
 
-    def _terms(self, chunk: Any) -> dict[str, torch.Tensor]:
+    def _terms(self, chunk: Any, known: list[Sample]) -> dict[str, torch.Tensor]:
         """Every weighted term of the loss; their sum is what is minimised."""
         args, kwargs, targets = unpack(chunk)
-        task, teacher, state = self.pieces.task, self.pieces.teacher, self.state
+        task, state = self.pieces.task, self.state
         with self._autocast():
-            if teacher is None or self.losses is None:
+            if self.teacher is None or self.losses is None:
                 outputs = self.model(*args, **kwargs)
                 return {"task": self.options.task_weight * task.loss(outputs, targets).float()}
             with self.losses.watching() as (own, other):
                 outputs = self.model(*args, **kwargs)
-                with torch.no_grad():
-                    taught = teacher(*args, **kwargs)
+                taught = self.teacher.logits(args, kwargs, known)
             terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
             seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
-            found = self.losses(task.logits(outputs).float(), task.logits(taught).float(), seen)
+            found = self.losses(task.logits(outputs).float(), taught.float(), seen)
         return terms | found
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -286,9 +304,11 @@ class Loop:
         """Metrics on the validation data, a line of history, and the best weights so far."""
         state = self.state
         self.evaluated = state.step
+        if self.teacher is not None:
+            self.teacher.save()
         metrics = {}
         if self.val is not None:
-            metrics = evaluate(state.student, self.val, self.pieces.task, self.device)
+            metrics = evaluate(self.spread.whole(), self.val, self.pieces.task, self.device)
             self._compare(metrics)
         means = {name: total / max(1, self.counted) for name, total in self.sums.items()}
         self.sums, self.counted = {}, 0
@@ -314,20 +334,23 @@ class Loop:
         value = metrics[task.primary] * (1 if task.higher_is_better else -1)
         self.schedule.measured(-value)
         if self.keep == "best" and (self.best is None or value > self.best["value"]):
-            weights = snapshot(self.state.student)
+            weights = snapshot(self.spread.whole())
             self.best = {"value": value, "step": self.state.step, "weights": weights}
 
     # --- pause and go on
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the stage depends on, the student's weights included."""
+        """Everything the rest of the stage depends on, the student's weights included.
+
+        Every process has to call it where the student lies in shards.
+        """
         state = self.state
         return {
             "at": {"step": state.step, "epoch": state.epoch, "batch": state.batch},
             "stop": state.stop,
             "rate": state.rate,
-            "student": snapshot(state.student),
-            "optimizer": self.optimizer.state_dict(),
+            "student": snapshot(self.spread.whole()),
+            "optimizer": self.spread.optimizer_state(self.optimizer),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
             "evaluated": self.evaluated,
@@ -342,8 +365,8 @@ class Loop:
         state.step, state.epoch, state.batch = at["step"], at["epoch"], at["batch"]
         state.stop, state.rate = saved["stop"], saved["rate"]
         state.history = list(saved["history"])
-        state.student.load_state_dict(saved["student"])
-        self.optimizer.load_state_dict(dict(saved["optimizer"]))
+        self.spread.load(saved["student"])
+        self.spread.load_optimizer(self.optimizer, saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         if self.losses is not None:
             self.losses.modules.load_state_dict(saved.get("losses", {}))

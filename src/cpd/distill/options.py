@@ -11,6 +11,7 @@ from cpd.errors import InputError, UnknownName
 __all__ = ["LoopOptions", "TrainOptions", "coerce"]
 
 PRECISIONS = ("bf16", "no")
+PARALLEL = ("ddp", "fsdp")
 T = TypeVar("T", bound="LoopOptions")
 
 
@@ -36,6 +37,11 @@ class LoopOptions:
         task_weight: weight of the task's own loss next to the distillation losses.
         evaluate_every: epochs between evaluations on the validation data; 0: at the end only.
         workers: worker processes that load data, for each process that trains.
+        parallel: on several processes, "ddp" (the network whole on each) or "fsdp" (in shards).
+        teacher_precision: "bf16" (autocast) or "no" for the teacher alone; nothing: as
+            ``precision``.
+        teacher_cache: a folder that keeps the teacher's logits of every sample, for data that is
+            not changed at random and losses that look at logits.
     """
 
     batch_size: int = 64
@@ -50,11 +56,18 @@ class LoopOptions:
     task_weight: float = 1.0
     evaluate_every: int = 1
     workers: int = 0
+    parallel: str = "ddp"
+    teacher_precision: str | None = None
+    teacher_cache: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is trained."""
         if self.precision not in PRECISIONS:
             raise UnknownName("precision", self.precision, PRECISIONS)
+        if self.parallel not in PARALLEL:
+            raise UnknownName("parallel", self.parallel, PARALLEL)
+        if self.teacher_precision not in (None, *PRECISIONS):
+            raise UnknownName("teacher_precision", self.teacher_precision, PRECISIONS)
         least = {"batch_size": 1, "accumulate": 1, "warmup": 0, "evaluate_every": 0, "workers": 0}
         for name, bound in least.items():
             value = getattr(self, name)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from cpd.errors import ArtefactError, ExportError
 
-__all__ = ["Stored", "assign", "collect", "read", "write"]
+__all__ = ["MANIFEST", "PLAN", "TENSORS", "Stored", "assign", "collect", "read", "write"]
+
+TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
+"""The files of an artefact."""
 
 _HEADER_LIMIT = 1 << 25  # bytes: names and shapes of some 200 000 tensors
 

@@ -22,14 +22,13 @@ from torch import nn
 
 from cpd.cut import cut
 from cpd.errors import ArtefactError, CPDError, InputError, OutputError
-from cpd.exporters._tensors import Stored, assign, collect, read, write
+from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS, Stored, assign, collect, read, write
 from cpd.files import publish, refusal, staging
 from cpd.plan import Plan
 
 __all__ = ["load", "save"]
 
 FORMAT = 1
-TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
 _LIMITS = {MANIFEST: 1 << 20, PLAN: 1 << 28}  # bytes
 _AGAIN = "Copy the whole folder again, or write it again with cpd.save."
 

@@ -317,4 +317,9 @@ def _inner(model: nn.Module, cut_every: int) -> nn.Module:
             "Give the network inside and wrap it anew after every event that cut, or leave "
             "cut_every out"
         )
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise InputError(
+            f"the {type(model).__name__} lies in shards (FSDP): scores, masks and cuts need whole "
+            "tensors. Prune it whole, under DistributedDataParallel, and shard what comes out"
+        )
     return inner_model(model) if wrapped else model
