@@ -199,8 +199,9 @@ def test_the_example_of_prune_then_quantize(tmp_path: Path) -> None:
 
     rows = quantize.main(tmp_path, runs=20)
     assert [name for name, *_ in rows] == list(quantize.NAMES)
-    sizes = [size for _, _, size, _ in rows]
+    sizes = [size for _, _, size, _ in rows[:3]]
     assert sizes == sorted(sizes, reverse=True)
     shares = [share for _, share, _, _ in rows]
     assert shares[0] > 0.7
     assert shares[2] > shares[1] - 0.03
+    assert shares[3] == shares[1]  # the same network in another runtime

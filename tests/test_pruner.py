@@ -226,6 +226,22 @@ def test_factored_state_is_cut_along():
     assert optimizer.state[held["head.weight"]]["col_var"].shape == (1, sizes[1][1])
 
 
+def test_momentum_of_matrices_is_cut_along():
+    """Muon mixes all of a matrix, so a step at another width is another one; its state follows."""
+
+    def make(parameters):
+        return torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=1e-3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small, pruner, optimizer, _ = pruned(cut_every=1, make=make)
+    assert cpd.costs.params(small) == pruner.plan.costs["params"][1]
+    assert optimizer.state
+    for parameter, state in optimizer.state.items():
+        assert state["momentum_buffer"].shape == parameter.shape
+        assert state["momentum_buffer"].any()
+
+
 def test_state_of_a_form_of_its_own_begins_anew_with_a_warning():
     class Odd(torch.optim.SGD):
         def step(self, closure=None):
