@@ -1,0 +1,120 @@
+"""The grid: which cells there are, in the order in which they matter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .networks import NETWORKS
+
+SEEDS = (0, 1, 2)
+TARGETS = (0.5, 0.25, 0.1)
+MAIN = ("magnitude", "taylor", "hessian", "fisher")
+SHELF = (
+    "mended",
+    "random",
+    "obd",
+    "kfac",
+    "wanda",
+    "variance",
+    "lamp",
+    "fpgm",
+    "bn_scale",
+    "activation",
+    "hutchinson",
+)
+OPTIONS: dict[str, Any] = {"mended": {"hessian": {"mended": True}}}
+STRATEGIES = ("knapsack", "greedy", "uniform")
+
+SETTINGS: dict[str, Any] = {
+    "data": "digits 32x32, shift 2, tested on the 600 images not trained on",
+    "batch": 64,
+    "optimizer": "AdamW, one cycle, weight decay 0.05",
+    "epochs": {"ViT": 60, "MobileNetV2": 30, "": 20},
+    "rate": {"ViT": 2e-3, "": 5e-3},
+    "recovery_epochs": 6,
+    "recovery_rate": {"ViT": 1e-3, "": 2e-3},
+    "distillation": "task + kd, temperature 2",
+    "scored_on": "512 training images in batches of 64, evaluation mode",
+    "repaired_on": "256 training images",
+}
+
+
+def of(network: str) -> dict[str, Any]:
+    """The settings of a network: its own ones, or those of all others."""
+    return {
+        name: value.get(network, value[""]) if isinstance(value, dict) else value
+        for name, value in SETTINGS.items()
+    }
+
+
+def mark(network: str) -> str:
+    """Return a short text that is another one for other settings."""
+    return hashlib.sha256(json.dumps(of(network), sort_keys=True).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All that decides a result, but for the settings."""
+
+    network: str
+    seed: int
+    tool: str  # "cpd", "torch-pruning", "scratch", or "base" for the network itself
+    importance: str = ""
+    target: float = 1.0
+    ranking: str = ""
+    strategy: str = ""
+    min_keep: float = 0.1
+    repair: bool = False
+
+    @property
+    def key(self) -> str:
+        """One text for all of it."""
+        return json.dumps({**asdict(self), "settings": mark(self.network)}, sort_keys=True)
+
+
+def grid() -> list[Cell]:
+    """Return all cells: seed by seed, and of each first what the comparison is made of."""
+    return list(dict.fromkeys(cell for seed in SEEDS for part in (_main, _rest) for cell in part(seed)))
+
+
+def _main(seed: int) -> Iterator[Cell]:
+    """The comparison: equal criteria of both tools, and the networks trained from scratch."""
+    for network in NETWORKS:
+        yield Cell(network, seed, "base")
+        for target in (0.25, 0.1, 0.5):
+            ours = [_ours(network, seed, name, target) for name in MAIN]
+            yield from ours
+            for name in ("magnitude", "taylor", "hessian"):
+                for ranking in ("local", "isomorphic"):
+                    yield Cell(network, seed, "torch-pruning", name, target, ranking)
+            yield replace(ours[-1], repair=True)
+            yield replace(ours[-1], tool="scratch")
+
+
+def _rest(seed: int) -> Iterator[Cell]:
+    """What else may be chosen, one thing at a time."""
+    for target in (0.25, 0.1, 0.5):
+        for network in NETWORKS:
+            ours = _ours(network, seed, "fisher", target)
+            for strategy in STRATEGIES:
+                yield replace(ours, strategy=strategy)
+                yield replace(ours, strategy=strategy, repair=True)
+            yield replace(ours, ranking="global")
+            yield replace(ours, ranking="uniform")
+            for least in (0.0, 0.2):
+                yield replace(ours, min_keep=least)
+            magnitude = replace(ours, importance="magnitude")
+            yield replace(magnitude, repair=True)
+            yield replace(magnitude, ranking="uniform")
+    for name in SHELF:
+        for network in NETWORKS:
+            for target in (0.25, 0.1, 0.5):
+                yield _ours(network, seed, name, target)
+
+
+def _ours(network: str, seed: int, importance: str, target: float) -> Cell:
+    return Cell(network, seed, "cpd", importance, target, "isomorphic", "oneshot")

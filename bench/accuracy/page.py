@@ -1,0 +1,221 @@
+"""The page of all records; nothing of it is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from cpd.files import write_text
+
+from .cells import MAIN, SETTINGS, SHELF, STRATEGIES, TARGETS, Cell
+from .networks import NETWORKS
+from .plots import write_plots
+from .records import Records
+from .summary import differences, mean, of_seed
+
+STAGES = ("cut", "recovered", "distilled")
+THEIRS = ("magnitude", "taylor", "hessian")
+HEAD = """\
+# Accuracy after pruning
+
+Made by `make bench-accuracy` (`python -m bench.accuracy`) of `docs/results.jsonl`; not written by hand. {done} of {all}
+cells have a record. A cell that has not been run is shown as "·"; (1) and (2) say that a mean has fewer than three seeds.
+
+Test accuracy in per cent, mean ± standard deviation over seeds. **cut**: without any training. **recovered**: after
+{epochs} epochs on the task. **distilled**: after the same epochs on the task and the unpruned network's logits. One budget of
+training, one set of epochs and one learning rate for all tools and cells of a network.
+
+Settings:
+
+{settings}
+
+"ours": `cpd.choose(ranking="isomorphic", strategy="oneshot", min_keep=0.1)` where nothing else is said. "TP":
+Torch-Pruning 1.6.1, one ratio for all layers ("local", its default) or its isomorphic option with global ranking and at
+most 90 % of a layer; the ratio is searched that leaves the MACs nearest to the target. Both score on the same samples, TP's
+Hessian, as its example does, sample by sample on 64 of them (its `accumulate_grad` keeps only the last one's gradient).
+"scratch": the shape that ours (fisher) leaves, with new weights, trained for the base's and the recovery's epochs together.
+"""
+
+
+def write_page(folder: Path, cells: Sequence[Cell], found: Records) -> None:
+    """Write results.md and its plots."""
+    plots = write_plots(folder / "results", cells, found)
+    done = sum(cell.key in found for cell in cells)
+    settings = "\n".join(f"- {name.replace('_', ' ')}: {_said(v)}" for name, v in SETTINGS.items())
+    parts = [
+        HEAD.format(
+            done=done, all=len(cells), epochs=SETTINGS["recovery_epochs"], settings=settings
+        ),
+        "## Networks\n",
+        *_bases(found),
+        "## Ours beside Torch-Pruning\n",
+        *_verdict(found),
+        *(f"![{name}](results/{name})\n" for name in plots),
+        *(line for network in NETWORKS for line in _network(found, network)),
+        "## The shelf\n",
+        *_shelf(found),
+        "## Strategies, rankings, floors, repair\n",
+        "Importance `fisher` where nothing else is said; mean over the networks whose cells have all been run.\n",
+        *_choices(found),
+        *_failures(cells, found),
+    ]
+    write_text(folder / "results.md", "\n".join(parts).rstrip() + "\n")
+
+
+def _said(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    others = [f"{v:g} ({k})" for k, v in value.items() if k]
+    return ", ".join([f"{value['']:g}", *others])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def _bases(found: Records) -> list[str]:
+    rows = []
+    for name in NETWORKS:
+        cell = Cell(name, 0, "base")
+        record = found.get(cell.key, {})
+        sizes = [f"{record[k]:,}" if k in record else "·" for k in ("macs", "params")]
+        rows.append([name, *sizes, mean(found, cell, "accuracy")])
+    return _table(("network", "MACs of two images", "parameters", "accuracy"), rows)
+
+
+def ours(network: str, importance: str, target: float, **other: object) -> Cell:
+    """A cell of CPD with the defaults of `choose`, but for `other`."""
+    cell = Cell(network, 0, "cpd", importance, target, "isomorphic", "oneshot")
+    return replace(cell, **other)  # type: ignore[arg-type]
+
+
+def theirs(network: str, importance: str, target: float, ranking: str) -> Cell:
+    """A cell of Torch-Pruning."""
+    return Cell(network, 0, "torch-pruning", importance, target, ranking)
+
+
+def lines_of(network: str, target: float) -> list[tuple[str, Cell]]:
+    """What is compared for a network and a target, with what it is called."""
+    found = [(f"ours, {name}", ours(network, name, target)) for name in MAIN]
+    found.append(("ours, fisher, repaired", ours(network, "fisher", target, repair=True)))
+    for name in THEIRS:
+        for ranking in ("local", "isomorphic"):
+            found.append((f"TP, {name}, {ranking}", theirs(network, name, target, ranking)))
+    scratch = ours(network, "fisher", target, tool="scratch")
+    return [*found, ("scratch", scratch)]
+
+
+def _network(found: Records, network: str) -> list[str]:
+    head = ["", *(f"{target:g} {stage}" for target in TARGETS for stage in STAGES), "MACs", "time"]
+    rows = []
+    for number, (name, _) in enumerate(lines_of(network, TARGETS[0])):
+        row: list[object] = [name]
+        cells = [lines_of(network, target)[number][1] for target in TARGETS]
+        row += [mean(found, cell, stage) for cell in cells for stage in STAGES]
+        row += [" / ".join(str(mean(found, cell, key)) for cell in cells) for key in ("macs", "time")]
+        rows.append(row)
+    note = "MACs and time of a pass at the three targets, in per cent of the unpruned network's.\n"
+    return [f"### {network}\n", *_table(head, rows), note]
+
+
+def _verdict(found: Records) -> list[str]:
+    """Ours minus TP, criterion by criterion, and the best of each."""
+    lines = [
+        "Ours minus TP in points, mean over all networks and seeds that have both, their number, and how often ours is not "
+        "lower. TP's better one of local and isomorphic counts, chosen by the same figure.\n"
+    ]
+    rows = []
+    for name in THEIRS:
+        for options, word in (({}, name), ({"repair": True}, f"{name}, repaired")):
+            rows.append([word, *_gaps(found, name, options)])
+    rows.append(["fisher against TP hessian", *_gaps(found, "hessian", {"importance": "fisher"})])
+    both = {"importance": "fisher", "repair": True}
+    rows.append(["fisher, repaired, against TP hessian", *_gaps(found, "hessian", both)])
+    head = ["", *(f"{target:g} {stage}" for target in TARGETS for stage in STAGES)]
+    return [*lines, *_table(head, rows)]
+
+
+def _gaps(found: Records, name: str, options: dict[str, object]) -> list[str]:
+    texts = []
+    for target in TARGETS:
+        for stage in STAGES:
+            values = []
+            for network in NETWORKS:
+                mine = replace(ours(network, name, target), **options)  # type: ignore[arg-type]
+                pairs = [(mine, theirs(network, name, target, r)) for r in ("local", "isomorphic")]
+                gaps = [dict(differences(found, [pair], stage)) for pair in pairs]
+                values += [min(gap[c] for gap in gaps) for c in gaps[0].keys() & gaps[1].keys()]
+            better = sum(value >= 0 for value in values)
+            texts.append(
+                f"{100 * fmean(values):+.1f} ({better} of {len(values)})" if values else "·"
+            )
+    return texts
+
+
+def _shelf(found: Records) -> list[str]:
+    head = ["importance", *(f"{target:g} {stage}" for target in TARGETS for stage in STAGES)]
+    lines: list[str] = []
+    for network in NETWORKS:
+        rows = [
+            [name, *_row(found, [ours(network, name, target) for target in TARGETS])]
+            for name in (*MAIN, *SHELF)
+        ]
+        lines += [f"### {network}, all importances\n", *_table(head, rows)]
+    return lines
+
+
+def _row(found: Records, cells: Iterable[Cell]) -> list[object]:
+    return [mean(found, cell, stage) for cell in cells for stage in STAGES]
+
+
+def _choices(found: Records) -> list[str]:
+    options: list[tuple[str, dict[str, object]]] = [("oneshot, isomorphic, floor 0.1", {})]
+    options.append(("… repaired", {"repair": True}))
+    for name in STRATEGIES:
+        options.append((name, {"strategy": name}))
+        options.append(("… repaired", {"strategy": name, "repair": True}))
+    options += [(f"ranking {name}", {"ranking": name}) for name in ("global", "uniform")]
+    options += [(f"floor {least:g}", {"min_keep": least}) for least in (0.0, 0.2)]
+    options += [
+        ("magnitude", {"importance": "magnitude"}),
+        ("magnitude, repaired", {"importance": "magnitude", "repair": True}),
+        ("magnitude, ranking uniform", {"importance": "magnitude", "ranking": "uniform"}),
+    ]
+    rows = []
+    for text, changed in options:
+        row: list[object] = [text]
+        for target in TARGETS:
+            for stage in STAGES:
+                row.append(_over_networks(found, changed, target, stage))
+        rows.append(row)
+    head = ["", *(f"{target:g} {stage}" for target in TARGETS for stage in STAGES)]
+    return _table(head, rows)
+
+
+def _over_networks(found: Records, changed: dict[str, object], target: float, stage: str) -> str:
+    """Mean over networks, with the mean of what oneshot gives for the same networks and seeds."""
+    values, plain = [], []
+    for network in NETWORKS:
+        cell = replace(ours(network, "fisher", target), **changed)  # type: ignore[arg-type]
+        pair = [(cell, cell), (ours(network, "fisher", target), ours(network, "fisher", target))]
+        values += [found[c.key][stage] for c, _ in differences(found, pair[:1], stage)]
+        plain += [v for _, v in differences(found, [(cell, pair[1][0])], stage)]
+    if not values:
+        return "·"
+    text = f"{100 * fmean(values):.1f}"
+    return text + (f" ({100 * fmean(plain):+.1f}, {len(plain)})" if plain and changed else "")
+
+
+def _failures(cells: Sequence[Cell], found: Records) -> list[str]:
+    failed = [c for c in of_seed(cells, lambda _: True) if "error" in found.get(c.key, {})]
+    if not failed:
+        return []
+    lines = ["## Exceptions\n"]
+    for cell in failed:
+        what = f"{cell.network}, {cell.tool}, {cell.importance}, {cell.ranking}, {cell.target:g}"
+        lines.append(f"- {what}: {found[cell.key]['error']}")
+    return [*lines, ""]
