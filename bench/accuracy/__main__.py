@@ -46,6 +46,7 @@ def main() -> None:
     found = records.read(RECORDS)
     if options.again:
         found = records.without(found, options.again)
+        records.write(RECORDS, cells, found)
     if not options.page:
         wanted = [c for c in cells if c.key not in found and fnmatchcase(c.key, options.only)]
         try:
@@ -80,6 +81,7 @@ def _run(wanted: list[Cell], cells: list[Cell], found: records.Records, options:
                     pools[place] = _pool()
                 done += 1
                 print(f"{done}/{len(wanted)} {_line(cell)}: {found[cell.key]}", flush=True)
+                found |= {k: v for k, v in records.read(RECORDS).items() if k not in found}
                 records.write(RECORDS, cells, found)
     finally:
         for pool in pools:

@@ -83,16 +83,27 @@ def grid() -> list[Cell]:
 
 def _main(seed: int) -> Iterator[Cell]:
     """The comparison: equal criteria of both tools, and the networks trained from scratch."""
+    places = [(network, target) for target in (0.1, 0.25, 0.5) for network in NETWORKS]
     for network in NETWORKS:
         yield Cell(network, seed, "base")
-        for target in (0.25, 0.1, 0.5):
-            ours = [_ours(network, seed, name, target) for name in MAIN]
-            yield from ours
-            for name in ("magnitude", "taylor", "hessian"):
-                for ranking in ("local", "isomorphic"):
-                    yield Cell(network, seed, "torch-pruning", name, target, ranking)
-            yield replace(ours[-1], repair=True)
-            yield replace(ours[-1], tool="scratch")
+    for network, target in places:
+        fisher = _ours(network, seed, "fisher", target)
+        yield replace(fisher, strategy="knapsack", repair=True)
+        yield Cell(network, seed, "torch-pruning", "magnitude", target, "local")
+        yield Cell(network, seed, "torch-pruning", "taylor", target, "isomorphic")
+        yield fisher
+    for network, target in places:
+        yield _ours(network, seed, "magnitude", target)
+        yield Cell(network, seed, "torch-pruning", "magnitude", target, "isomorphic")
+        yield Cell(network, seed, "torch-pruning", "taylor", target, "local")
+        yield replace(_ours(network, seed, "fisher", target), tool="scratch", strategy="knapsack")
+    for network, target in places:
+        fisher = _ours(network, seed, "fisher", target)
+        yield from (replace(fisher, repair=True), replace(fisher, strategy="knapsack"))
+        for name in ("taylor", "hessian"):
+            yield _ours(network, seed, name, target)
+        for ranking in ("local", "isomorphic"):
+            yield Cell(network, seed, "torch-pruning", "hessian", target, ranking)
 
 
 def _rest(seed: int) -> Iterator[Cell]:

@@ -173,35 +173,25 @@ def shortest(found: Candidates, limits: Sequence[Budget], order: Any) -> tuple[l
 def given_back(found: Candidates, limits: Sequence[Budget], gone: list[int]) -> list[int]:
     """Return those of `gone` that must go for the budgets to hold.
 
-    Family by family, the most important first, the last ones to go come back as long as all budgets
-    hold. What they have in common with another unit that goes stays gone.
+    The last ones to go come back first, one by one, as long as all budgets hold: what is free is
+    shared by all families that it fits. A family of which one no longer fits is done. What a unit
+    has in common with another one that goes stays gone.
     """
     ledger = Ledger(found, limits, gone)
-    last: dict[int, list[int]] = {}
-    for number in reversed(gone):
-        last.setdefault(int(found.family[number]), []).append(number)
     back: set[int] = set()
-    weight = found.score / np.maximum(found.units, 1)
-    for mine in sorted(last.values(), key=lambda numbers: -weight[numbers[0]]):
-        count = _most(ledger, mine)
-        if count:
-            ledger.change(-1, mine[:count])
-            back.update(mine[:count])
-    return [number for number in gone if number not in back]
-
-
-def _most(ledger: Ledger, numbers: Sequence[int]) -> int:
-    """Return how many candidates, from the first on, may come back while all budgets hold."""
-    low, high = 0, len(numbers)
-    if high and not ledger.meets(ledger.alive_with(-1, numbers[:1])):
-        return 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if ledger.meets(ledger.alive_with(-1, numbers[:middle])):
-            low = middle
+    done: set[int] = set()
+    for number in reversed(gone):
+        family = int(found.family[number])
+        if family in done:
+            continue
+        if ledger.meets(ledger.alive_with(-1, [number])):
+            ledger.change(-1, [number])
+            back.add(number)
         else:
-            high = middle - 1
-    return low
+            done.add(family)
+        if len(done) == len(found.sources):
+            break
+    return [number for number in gone if number not in back]
 
 
 def notes(found: Candidates, limits: Sequence[Budget], gone: Sequence[int]) -> tuple[str, ...]:

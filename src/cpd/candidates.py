@@ -115,6 +115,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
     sources: list[Source] = []
     pools: list[object] = []
     parts: list[tuple[NDArray[np.int64], Floats, list[int]]] = []
+    means: list[float] = []
     limited = 0
     for group in groups:
         for position, family in enumerate(group.families):
@@ -123,8 +124,10 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             limited += int(removable < kept)
             chunk = rules.multiple_of if family.kind in ("channels", "head dims") else 1
             sizes = _chunks(kept, removable, lcm(chunk, family.multiple))
+            values_of = weights.of(steps.ravel()).reshape(steps.shape).sum(1)
+            means.append(sum(float(weights.of(c).mean()) for c in family.clusters))
             steps = steps[: sum(sizes)]
-            parts.append((steps, weights.of(steps.ravel()).reshape(steps.shape).sum(1), sizes))
+            parts.append((steps, values_of[: len(steps)], sizes))
             pool = {"isomorphic": (group.kind, position), "uniform": len(sources)}
             pools.append(pool.get(rules.ranking, "all"))
             sources.append(Source(group, family, kept))
@@ -136,7 +139,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
     found = _gathered(groups, sources, parts, limited, (alive, values))
     if rules.uniform:
         found = _in_step(found)
-    _rank(found, pools, rules.ranking)
+    _rank(found, pools, rules.ranking, means)
     return _protected(found, alive)
 
 
@@ -307,9 +310,12 @@ def _in_step(found: Candidates) -> Candidates:
     return Candidates(found.groups, found.sources, family, score, key, units, tied, *held)
 
 
-def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
+def _rank(found: Candidates, pools: list[object], ranking: str, means: list[float]) -> None:
     """Turn scores into keys: the share of the pool that has gone by then, what went in earlier
     events included, or the score itself.
+
+    Within a pool each family's scores count over their mean: raw ones differ by orders of magnitude
+    between layers of different size and depth, and whole layers would go first.
     """
     starts = np.flatnonzero(np.diff(found.family, prepend=-1))
     ends = [*starts[1:], len(found)] if len(starts) else []
@@ -317,6 +323,8 @@ def _rank(found: Candidates, pools: list[object], ranking: str) -> None:
         found.key[a:b] = np.maximum.accumulate(found.key[a:b])
     if ranking == "global":
         return
+    scale = np.array(means)[found.family] if len(found) else np.empty(0)
+    found.key = found.key / np.where(scale > 0, scale, 1.0)
     total: dict[object, int] = {}
     gone: dict[object, int] = {}
     for pool, source in zip(pools, found.sources, strict=True):

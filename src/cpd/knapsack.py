@@ -39,6 +39,9 @@ class Knapsack:
         self.steps: list[Ids] = [np.flatnonzero(found.family == f) for f in families]
         self.limits = np.array([budget.limit for budget in found.allowed])
         self.ledger = Ledger(found, found.allowed)
+        self.weight = found.score / np.maximum(found.units, 1)
+        for steps in self.steps:  # what goes later in a family never weighs less
+            self.weight[steps] = np.maximum.accumulate(self.weight[steps])
 
     def gone(self, point: Ids) -> list[int]:
         """Return the candidates that are gone at a point, which is steps gone of each family."""
@@ -116,10 +119,7 @@ def _starts(problem: Knapsack) -> list[Ids]:
     from .strategies import greedy, oneshot
 
     found = problem.found
-    weight = found.score / np.maximum(found.units, 1)
-    for steps in problem.steps:
-        weight[steps] = np.maximum.accumulate(weight[steps])
-    raw = np.argsort(weight, kind="stable").tolist()
+    raw = np.argsort(problem.weight, kind="stable").tolist()
     points = []
     for order in (raw, oneshot(found), greedy(found)):
         gone, met = shortest(found, found.allowed, np.asarray(order, np.int64))
@@ -149,8 +149,8 @@ def _feasible(problem: Knapsack, point: Ids, radius: float) -> Ids | None:
             return None
         over = problem.costs(problem.found.without(problem.gone(found))) - problem.limits
         if (over <= 0).all():
-            gone = given_back(problem.found, problem.found.allowed, problem.gone(found))
-            return problem.point(gone)
+            order = sorted(problem.gone(found), key=lambda number: problem.weight[number])
+            return problem.point(given_back(problem.found, problem.found.allowed, order))
         short += np.maximum(over, 0)
     return None
 
