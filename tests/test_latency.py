@@ -75,7 +75,7 @@ def test_threads_default_to_the_cores_at_hand(tmp_path: Path) -> None:
 
 def test_integers_stay_small_and_seeds_repeat(tmp_path: Path) -> None:
     path = file(tmp_path / "a.onnx", "batch", 50, kind="int64")
-    feeds = [latency._Model(path, 3, 1, seed).feed["x"] for seed in (0, 0, 1)]
+    feeds = [latency.Session(path, 3, 1, seed).feed["x"] for seed in (0, 0, 1)]
     assert feeds[0].shape == (3, 50)
     assert set(np.unique(feeds[0])) == {0, 1}
     assert np.array_equal(feeds[0], feeds[1])

@@ -16,7 +16,7 @@ from torch import nn
 
 import cpd
 from cpd.errors import InputError, UnknownName
-from cpd.measure import Measurer, measurer
+from cpd.measure import Clock, Measurer, measurer
 from cpd.planning import alive_of
 from cpd.table import OneCall, Table, alignment, ladder
 from laws import random_scores
@@ -199,3 +199,46 @@ def test_real_clocks_tick(name: str, tmp_path: Path) -> None:
     (mark,) = json.loads(path.read_text())
     assert mark.startswith(f"{name}: ")
     assert mark.endswith("1 threads, median of 3")
+
+
+def test_networks_take_turns_so_that_a_machine_that_slows_down_hits_both() -> None:
+    """The second one takes twice as long, while each run slows the machine by a tenth."""
+    small, whole = nn.Linear(2, 2), nn.Linear(2, 2)
+    slow, order = [1.0], []
+
+    def prepare(module: nn.Module, inputs: Any) -> Any:
+        def run(count: int) -> list[float]:
+            order.append(module)
+            found = []
+            for _ in range(count):
+                slow[0] *= 1.02
+                found.append(slow[0] * (1.0 if module is small else 2.0))
+            return found
+
+        return run
+
+    clock = Clock(prepare, runs=40, warmup=1)
+    assert clock.share(small, whole, ()) == pytest.approx(0.5, rel=0.02)
+    assert order.count(small) == order.count(whole) > 16
+    assert slow[0] > 10  # one after the other they would have seemed to differ by more than that
+
+
+def test_a_network_that_seems_near_is_measured_again() -> None:
+    """A clock that is wrong the first time: what counts is the mean of both."""
+    model, true, shares = net(), stairs(4), []
+
+    class Once(Clock):
+        def share(self, module: nn.Module, whole: nn.Module, inputs: Any) -> float:
+            share = true(module, inputs) / true(whole, inputs) * (1.0 if shares else 0.98)
+            shares.append(share)
+            return share
+
+    found = Measurer(true, "own", cache=None)
+    found.clock = Once(lambda module, inputs: lambda count: [1.0] * count, 1, 1)
+    groups = cpd.comb(model, X)
+    plan = cpd.choose(groups, random_scores(groups, 0), "latency=0.5", measure=found)
+    before, after = plan.costs["latency_ms"]
+    assert before == true(model, X)
+    assert len(shares) >= 2
+    assert after / before == pytest.approx(sum(shares[-2:]) / 2)
+    assert after == pytest.approx(true(cpd.cut(model, plan), X), rel=0.011)

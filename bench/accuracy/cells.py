@@ -78,7 +78,9 @@ class Cell:
 
 def grid() -> list[Cell]:
     """Return all cells: seed by seed, and of each first what the comparison is made of."""
-    return list(dict.fromkeys(cell for seed in SEEDS for part in (_main, _rest) for cell in part(seed)))
+    return list(
+        dict.fromkeys(cell for seed in SEEDS for part in (_main, _rest) for cell in part(seed))
+    )
 
 
 def _main(seed: int) -> Iterator[Cell]:

@@ -116,7 +116,9 @@ def _network(found: Records, network: str) -> list[str]:
         row: list[object] = [name]
         cells = [lines_of(network, target)[number][1] for target in TARGETS]
         row += [mean(found, cell, stage) for cell in cells for stage in STAGES]
-        row += [" / ".join(str(mean(found, cell, key)) for cell in cells) for key in ("macs", "time")]
+        row += [
+            " / ".join(str(mean(found, cell, key)) for cell in cells) for key in ("macs", "time")
+        ]
         rows.append(row)
     note = "MACs and time of a pass at the three targets, in per cent of the unpruned network's.\n"
     return [f"### {network}\n", *_table(head, rows), note]

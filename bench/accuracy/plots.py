@@ -64,7 +64,9 @@ def _svg(found: Records, axis: str, label: str) -> str:
             for name, color, options in SERIES:
                 points = _points(found, lambda t, o=options, n=network: _cell(n, t, o), axis)
                 if points:
-                    axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, ms=3, lw=1.2)
+                    axes.plot(
+                        *zip(*points, strict=True), "o-", color=color, label=name, ms=3, lw=1.2
+                    )
             base = [found.get(Cell(network, s, "base").key, {}).get("accuracy") for s in SEEDS]
             there = [100 * value for value in base if value is not None]
             if there:

@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,38 @@ from .errors import InputError, UnknownName
 from .files import write_text
 
 Measure = Callable[[nn.Module, tuple[torch.Tensor, ...]], float]
+Run = Callable[[int], list[float]]  # how often -> the milliseconds of each time
+Prepare = Callable[[nn.Module, tuple[torch.Tensor, ...]], Run]
+BLOCK = 5  # runs of one network in a row, before the other's
 NAMES = ("eager", "onnx")
 OPTIONS = ("cache", "device", "runs", "threads", "warmup")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What makes a module ready to be run and timed, and how often that is done."""
+
+    prepare: Prepare
+    runs: int
+    warmup: int
+
+    def share(self, module: nn.Module, whole: nn.Module, inputs: Any) -> float:
+        """Return the time of a module over that of another one, from runs that take turns.
+
+        What slows a machine for a while slows both then: the median is taken of the turns' ratios.
+        """
+        pair = [self.prepare(network, inputs) for network in (module, whole)]
+        for run in pair:
+            run(self.warmup)
+        ratios = []
+        for number in range(max(self.runs // BLOCK, 1) * 2):
+            turn = pair if number % 2 else pair[::-1]
+            taken = {}
+            for run in turn:
+                run(1)  # the caches still hold the other one
+                taken[run] = statistics.median(run(BLOCK))
+            ratios.append(taken[pair[0]] / taken[pair[1]])
+        return statistics.median(ratios)
 
 
 class Measurer:
@@ -41,6 +72,7 @@ class Measurer:
         self, measure: Measure, fingerprint: str, *, cache: Path | None, fused: bool = False
     ) -> None:
         self.measure, self.fingerprint, self.cache, self.fused = measure, fingerprint, cache, fused
+        self.clock: Clock | None = None
         self.known: dict[str, float] = _read(cache).get(fingerprint, {}) if cache else {}
         self.fresh = 0
 
@@ -58,6 +90,15 @@ class Measurer:
         if not 0 <= taken < float("inf"):
             raise InputError(f"the measurer gave {taken!r}; milliseconds of at least 0 are wanted")
         return taken
+
+    def beside(self, module: nn.Module, whole: nn.Module, known: float, inputs: Any) -> float:
+        """Measure a module in turn with another one, of which `known` is what it takes.
+
+        A function of one's own measures the module alone.
+        """
+        if self.clock is None:
+            return self.now(module, inputs)
+        return known * self.clock.share(module, whole, inputs)
 
     def save(self) -> None:
         """Write what is new to the file, beside what others have written since."""
@@ -88,13 +129,16 @@ def measurer(spec: Any) -> Measurer:
     cache = options.pop("cache", _default())
     runs, warmup = int(options.get("runs", 30)), int(options.get("warmup", 5))
     threads, device = options.get("threads"), str(options.get("device", "cpu"))
-    made, mark = (
-        (_eager(runs, warmup, threads, device), _torch_mark(device))
+    prepare, mark = (
+        (_eager(threads, device), _torch_mark(device))
         if name == "eager"
-        else (_onnx(runs, warmup, threads), latency.device())
+        else (_onnx(threads), latency.device())
     )
     mark = f"{name}: {mark}, {threads or 'all'} threads, median of {runs}"
-    return Measurer(made, mark, cache=Path(cache) if cache else None, fused=name == "onnx")
+    kept = Path(cache) if cache else None
+    found = Measurer(_median(prepare, runs, warmup), mark, cache=kept, fused=name == "onnx")
+    found.clock = Clock(prepare, runs, warmup)
+    return found
 
 
 def _default() -> Path:
@@ -119,10 +163,8 @@ def _torch_mark(device: str) -> str:
     return f"{where}, torch {torch.__version__}"
 
 
-def _eager(runs: int, warmup: int, threads: int | None, device: str) -> Measure:
-    def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or before)
+def _eager(threads: int | None, device: str) -> Prepare:
+    def prepare(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Run:
         module = module.to(device).eval()
         args, kwargs = _split(torch.utils._pytree.tree_map(lambda x: _to(x, device), inputs))
 
@@ -131,16 +173,20 @@ def _eager(runs: int, warmup: int, threads: int | None, device: str) -> Measure:
             module(*args, **kwargs)
             if device != "cpu":
                 torch.cuda.synchronize(device)
-            return time.perf_counter() - start
+            return 1e3 * (time.perf_counter() - start)
 
-        try:
-            with torch.inference_mode():
-                taken = [once() for _ in range(warmup + runs)]
-        finally:
-            torch.set_num_threads(before)
-        return 1e3 * statistics.median(taken[warmup:])
+        def run(count: int) -> list[float]:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads or before)
+            try:
+                with torch.inference_mode():
+                    return [once() for _ in range(count)]
+            finally:
+                torch.set_num_threads(before)
 
-    return measure
+        return run
+
+    return prepare
 
 
 def _to(value: Any, device: str) -> Any:
@@ -151,8 +197,8 @@ def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
 
 
-def _onnx(runs: int, warmup: int, threads: int | None) -> Measure:
-    def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+def _onnx(threads: int | None) -> Prepare:
+    def prepare(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Run:
         args, kwargs = _split(inputs)
         tensors = torch.utils._pytree.tree_leaves((args, kwargs))
         batch = next((x.shape[0] for x in tensors if isinstance(x, torch.Tensor) and x.ndim), 1)
@@ -161,8 +207,16 @@ def _onnx(runs: int, warmup: int, threads: int | None) -> Measure:
             path = Path(folder) / "measured.onnx"
             program = torch.export.export(module.eval(), args, kwargs, strict=False)
             torch.onnx.export(program, dynamo=True, verbose=False).save(str(path))  # type: ignore[union-attr]
-            return latency.onnx(
-                path, runs=runs, warmup=warmup, batch=int(batch), threads=threads
-            ).median_ms
+            session = latency.session(path, batch=int(batch), threads=threads)
+        return lambda count: [taken / 1e6 for taken in session.times(count)]
+
+    return prepare
+
+
+def _median(prepare: Prepare, runs: int, warmup: int) -> Measure:
+    def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
+        run = prepare(module, inputs)
+        run(warmup)
+        return statistics.median(run(runs))
 
     return measure

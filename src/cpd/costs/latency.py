@@ -17,7 +17,7 @@ from cpd.errors import ArtefactError, InputError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
 
-__all__ = ["Latency", "compare", "device", "machine", "onnx"]
+__all__ = ["Latency", "Session", "compare", "device", "machine", "onnx", "session"]
 
 BLOCK = 25
 """Runs of one model in a row before ``compare`` goes on to the next."""
@@ -109,7 +109,7 @@ def compare(
     """
     _check_numbers(runs=(runs, 1), warmup=(warmup, 0), batch=(batch, 1), threads=(threads or 1, 1))
     threads = threads or _cores()
-    models = [_Model(Path(path), batch, threads, seed) for path in paths]
+    models = [Session(Path(path), batch, threads, seed) for path in paths]
     for model in models:
         model.times(warmup)
     taken: list[list[int]] = [[] for _ in models]
@@ -125,6 +125,14 @@ def compare(
     return [_summary(times, warmup, batch, threads) for times in taken]
 
 
+def session(
+    path: str | os.PathLike[str], *, batch: int = 1, threads: int | None = None, seed: int = 0
+) -> Session:
+    """One ONNX file, ready to be timed; see :func:`compare` for arguments and errors."""
+    _check_numbers(batch=(batch, 1), threads=(threads or 1, 1))
+    return Session(Path(path), batch, threads or _cores(), seed)
+
+
 def device() -> str:
     """What the numbers were measured on: CPU model, cores, system, version of ONNX Runtime."""
     import onnxruntime
@@ -138,8 +146,8 @@ def machine() -> str:
     return f"{_cpu()}, {cores}, {platform.system()} {platform.machine()}"
 
 
-class _Model:
-    """One session with its inputs, ready to be timed."""
+class Session:
+    """One file with its inputs, ready to be timed."""
 
     def __init__(self, path: Path, batch: int, threads: int, seed: int) -> None:
         self.path = path

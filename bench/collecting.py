@@ -1,0 +1,137 @@
+"""`python -m bench.collecting`: what an importance costs on top of a plain training step.
+
+A plain step is forward, backward and SGD. The same steps are taken with an importance that watches
+and observes, in turn with plain ones, and CPU time of the process is taken, on one thread: other
+programs on the machine disturb it little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from datetime import date
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORKS = ("resnet18", "mobilenetv2_100", "deit_tiny_patch16_224")
+IMPORTANCES: dict[str, Any] = {
+    "hessian": "hessian",
+    "hessian, mended": {"hessian": {"mended": True}},
+    "fisher": "fisher",
+    "taylor": "taylor",
+    "obd": "obd",
+    "kfac": "kfac",
+    "variance": "variance",
+}
+LIMITS = {"hessian": 0.10, "fisher": 0.35}
+BATCH, SIDE, STEPS = 32, 96, 2
+
+
+def measure(network: str, rounds: int) -> dict[str, Any]:
+    """Return the seconds of a plain step, and the share that each importance adds to it."""
+    import timm
+
+    import cpd
+    from cpd.importance import resolve
+
+    torch.manual_seed(0)
+    options = {"img_size": SIDE} if "vit" in network or "deit" in network else {}
+    model = timm.create_model(network, num_classes=10, **options)
+    images, labels = torch.randn(BATCH, 3, SIDE, SIDE), torch.randint(10, (BATCH,))
+    groups = cpd.comb(model, images[:2])
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+    watching = {name: resolve(spec) for name, spec in IMPORTANCES.items()}
+    taken: dict[str, list[float]] = {name: [] for name in ("plain", *watching)}
+    for number in range(rounds + 1):
+        for name in taken if number % 2 else reversed(taken):
+            importance = watching.get(name)
+            if importance is not None:
+                importance.start(model, groups)
+            start = process_time()
+            for _ in range(STEPS):
+                _step(model, optimizer, images, labels, importance)
+            seconds = (process_time() - start) / STEPS
+            if importance is not None:
+                importance.close()
+            if number:  # the first round warms up
+                taken[name].append(seconds)
+    plain = taken.pop("plain")
+    added = {
+        name: median(a / b for a, b in zip(times, plain, strict=True)) - 1
+        for name, times in taken.items()
+    }
+    return {"network": network, "seconds": median(plain), "added": added}
+
+
+def _step(
+    model: nn.Module, optimizer: Any, images: torch.Tensor, labels: torch.Tensor, importance: Any
+) -> None:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    if importance is not None:
+        importance.observe()
+    optimizer.step()
+
+
+def page(results: list[dict[str, Any]], rounds: int) -> str:
+    """Return the page of the documentation."""
+    from .__main__ import machine, versions
+
+    facts = [", ".join(f"{k} {v}" for k, v in x.items() if v) for x in (machine(), versions())]
+    lines = [
+        "# Measured: what collecting an importance costs",
+        "",
+        f"Made by `python -m bench.collecting` on {date.today().isoformat()}; not written by hand.",
+        "",
+        f"Share that is added to a plain training step (forward, backward, SGD; {BATCH} images of "
+        f"{SIDE}×{SIDE}, one thread), in CPU time: median over {rounds} rounds of {STEPS} steps in "
+        "which plain steps and all importances take turns.",
+        "",
+        f"Machine: {facts[0]}. Versions: {facts[1]}.",
+        "",
+        "| importance | " + " | ".join(r["network"] for r in results) + " | at most |",
+        "|---" + "|---:" * (len(results) + 1) + "|",
+        "| plain step, s | " + " | ".join(f"{r['seconds']:.3f}" for r in results) + " | |",
+    ]
+    for name in IMPORTANCES:
+        cells = [f"{r['added'][name]:+.1%}" for r in results]
+        limit = f"{LIMITS[name]:.0%}" if name in LIMITS else ""
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {limit} |")
+    lines += ["", "`hutchinson` is not here: it makes four to six steps of one."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.collecting", description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write-docs", action="store_true", help="write docs/collecting.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    from cpd import _torchvision
+
+    _torchvision.ensure()
+    results = []
+    for network in options.networks:
+        results.append(measure(network, options.rounds))
+        print(json.dumps(results[-1]), flush=True)
+    if options.write_docs:
+        (ROOT / "docs" / "collecting.md").write_text(page(results, options.rounds))
+
+
+if __name__ == "__main__":
+    main()

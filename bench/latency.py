@@ -1,0 +1,116 @@
+"""`python -m bench.latency`: a latency target, held to a real clock end to end.
+
+Networks are cut to a share of their time by `cpd.prune`, then measured once more by a new clock
+beside the unpruned network, with more runs. Nothing here asserts: times are those of a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import date
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "budgets.md"
+BEGIN, END = "<!-- bench.latency begins -->", "<!-- bench.latency ends -->"
+NETWORKS = ("resnet18", "mobilenetv2_050", "deit_tiny_patch16_224")
+WAYS = ("onnx", "eager")
+BATCH, SIDE = 8, 64
+
+
+def measure(network: str, way: str, share: float, runs: int) -> dict[str, Any]:
+    """Cut a network to a share of its latency; return what was said and what a new clock says."""
+    import timm
+
+    import cpd
+    from cpd.measure import measurer
+
+    torch.manual_seed(0)
+    options = {"img_size": SIDE} if "deit" in network else {}
+    model = timm.create_model(network, num_classes=10, **options).eval()
+    images = torch.randn(BATCH, 3, SIDE, SIDE)
+    start = perf_counter()
+    small, plan = cpd.prune(
+        model,
+        images,
+        target={"latency": share},
+        measure={way: {"cache": None, "threads": 1, "runs": runs}},
+        unreachable="closest",
+        verify=False,
+    )
+    seconds = perf_counter() - start
+    before, after = plan.costs["latency_ms"]
+    clock = measurer({way: {"cache": None, "threads": 1, "runs": 3 * runs}}).clock
+    assert clock is not None
+    return {
+        "network": network,
+        "way": way,
+        "share": share,
+        "ms": before,
+        "said": after / before,
+        "again": clock.share(small, model, (images,)),
+        "macs": plan.costs["macs"][1] / plan.costs["macs"][0],
+        "notes": [note for note in plan.notes if note.startswith("latency")],
+        "seconds": seconds,
+    }
+
+
+def section(results: list[dict[str, Any]], load: float) -> str:
+    """Return what `docs/budgets.md` says of it."""
+    from .__main__ import machine, versions
+
+    facts = [", ".join(f"{k} {v}" for k, v in x.items() if v) for x in (machine(), versions())]
+    lines = [
+        BEGIN,
+        f"Made by `python -m bench.latency` on {date.today().isoformat()}, {BATCH} images of {SIDE}×{SIDE}, "
+        f"one thread; programs running beside it (load): {load:.1f}. Machine: {facts[0]}. "
+        f"Versions: {facts[1]}.",
+        "",
+        "| network | by | whole, ms | asked | said by the plan | a new clock | off | MACs left | times measured | seconds |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    for r in results:
+        off = r["again"] / r["share"] - 1
+        times = r["notes"][0].rpartition("end to end ")[2] if r["notes"] else "–"
+        cells = [r["network"], r["way"], f"{r['ms']:.2f}", f"{r['share']:.0%}", f"{r['said']:.1%}"]
+        cells += [f"{r['again']:.1%}", f"{off:+.1%}", f"{r['macs']:.1%}", times]
+        lines.append("| " + " | ".join([*cells, f"{r['seconds']:.0f}"]) + " |")
+    return "\n".join([*lines, END])
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.latency", description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--share", type=float, default=0.6)
+    parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "latency.json")
+    parser.add_argument("--write-docs", action="store_true", help="write it into docs/budgets.md")
+    options = parser.parse_args()
+    from os import getloadavg
+
+    from cpd import _torchvision
+
+    _torchvision.ensure()
+    torch.set_num_threads(1)
+    load, results = getloadavg()[0], []
+    for network in options.networks:
+        for way in options.ways:
+            results.append(measure(network, way, options.share, options.runs))
+            print(json.dumps(results[-1]), flush=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.write_docs:
+        text = PAGE.read_text()
+        before, _, rest = text.partition(BEGIN)
+        PAGE.write_text(before + section(results, load) + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()
