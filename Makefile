@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo demo-seg study paper-costs bench zoo fuzz fuzz-files kills slow lint format types layers clean
+.PHONY: setup test demo demo-seg study paper-costs bench bench-accuracy bench-latency zoo fuzz fuzz-files kills slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -66,6 +66,14 @@ rules: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.loop
+	$(BIN)/python -m bench.collecting --write-docs
+
+# An hour on two quiet cores; stopped at any time it goes on where it was.
+bench-accuracy: $(STAMP)
+	PYTHONPATH=src $(BIN)/python -m bench.accuracy
+
+bench-latency: $(STAMP)
+	PYTHONPATH=src $(BIN)/python -m bench.latency --write-docs
 
 bench-large: $(STAMP)
 	$(BIN)/python -m bench.large

@@ -5,15 +5,18 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 import cpd
-from cpd.budgets import parse_target
+from cpd.budgets import budgets, given_back, parse_target
+from cpd.candidates import Rules, candidates
 from cpd.errors import InputError, UnknownName, UnreachableTarget
 from cpd.groups import Groups
+from cpd.limits import kept_classes
 from cpd.plan import Plan
 from laws import random_scores, removed
 
@@ -431,3 +434,35 @@ def uneven() -> Groups:
         layers += [nn.Conv2d(before, after, 3, 1 + k % 2), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5))
     return cpd.comb(model, torch.randn(2, 3, 24, 24))
+
+
+def test_isomorphic_ranking_compares_scores_over_their_familys_mean() -> None:
+    """A layer whose scores are all a thousand times those of its like loses as much as it does."""
+    groups = chain(16, 16, 16)
+    ramp = torch.arange(1.0, 17.0)
+    values = scores(groups, g0=ramp, g1=1000 * ramp, g2=ramp)
+    left = widths(cpd.choose(groups, values, "macs=0.4", min_keep=0.0))
+    alike = cpd.choose(groups, scores(groups, g0=ramp, g1=ramp, g2=ramp), "macs=0.4", min_keep=0.0)
+    assert left == widths(alike)
+    assert max(left.values()) < 16
+    raw = widths(cpd.choose(groups, values, "macs=0.4", min_keep=0.0, ranking="global"))
+    assert raw["1"] == 16
+
+
+def test_what_is_given_back_is_shared_by_all_families() -> None:
+    """Much too much went of all alike; what comes back does not go to one family alone."""
+    groups = chain(24, 24)
+    values = scores(groups, g0=torch.arange(1.0, 25.0), g1=torch.arange(1.0, 25.0))
+    rules = Rules("uniform", 1, 0.0, {}, 0, uniform=False, held=kept_classes(groups, None))
+    found = candidates(groups, values, groups.everything(), rules)
+    found.allowed = budgets(groups, {"macs": 0.5})
+    order = np.argsort(found.key, kind="stable").tolist()
+    gone = given_back(found, found.allowed, order)
+    left = np.bincount(found.family[[n for n in order if n not in gone]], minlength=2)
+    assert left.min() > 8
+    assert abs(int(left[0]) - int(left[1])) <= 1
+    limit = found.allowed[0].limit
+    assert groups.cost("macs", found.without(gone)) <= limit
+    for family in (0, 1):
+        last = max(n for n in gone if found.family[n] == family)
+        assert groups.cost("macs", found.without([n for n in gone if n != last])) > limit

@@ -17,8 +17,9 @@ from torch import nn
 import cpd
 from cpd.errors import InputError, UnknownName
 from cpd.measure import Clock, Measurer, measurer
+from cpd.onecall import OneCall, Slot, as_onnx
 from cpd.planning import alive_of
-from cpd.table import OneCall, Table, alignment, ladder
+from cpd.table import Table, alignment, ladder
 from laws import random_scores
 
 X = torch.randn(1, 3, 32, 32)
@@ -242,3 +243,47 @@ def test_a_network_that_seems_near_is_measured_again() -> None:
     assert len(shares) >= 2
     assert after / before == pytest.approx(sum(shares[-2:]) / 2)
     assert after == pytest.approx(true(cpd.cut(model, plan), X), rel=0.011)
+
+
+aten = torch.ops.aten
+X0, W0, W1 = Slot(None), Slot(0), Slot(1)
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "weights", "inputs"),
+    [
+        (aten.conv2d.default, [X0, W0, W1, [2, 1], [1, 0], [1, 2]],
+         [(6, 4, 3, 3), (6,)], [(2, 4, 9, 9)]),
+        (aten.conv2d.default, [X0, W0, None, [1, 1], [1, 1], [1, 1], 4],
+         [(8, 1, 3, 3)], [(2, 4, 5, 5)]),
+        (aten.conv1d.default, [X0, W0], [(6, 4, 3)], [(2, 4, 9)]),
+        (aten.linear.default, [X0, W0, W1], [(6, 4), (6,)], [(2, 4)]),
+        (aten.linear.default, [X0, W0, W1], [(6, 4), (6,)], [(2, 5, 4)]),
+        (aten.linear.default, [X0, W0], [(6, 4)], [(2, 5, 4)]),
+        (aten.matmul.default, [X0, X0], [], [(2, 3, 5, 4), (2, 3, 4, 5)]),
+        (aten.mm.default, [X0, W0], [(4, 6)], [(2, 4)]),
+        (aten.conv2d.padding, [X0, W0, None, [1, 1], "same"], [(6, 4, 3, 3)], None),
+        (aten.relu.default, [X0], [], None),
+    ],
+)  # fmt: skip
+def test_products_written_as_onnx_compute_the_same(
+    target: Any, args: list[Any], weights: list[Any], inputs: Any
+) -> None:
+    """What is no plain product is left to the exporter."""
+    import onnx
+    import onnxruntime
+
+    generator = torch.Generator().manual_seed(0)
+    call = OneCall(target, args, {})
+    call.held.extend(nn.Parameter(torch.randn(s, generator=generator)) for s in weights)
+    given = [torch.randn(s, generator=generator) for s in inputs or [(2, 4, 9, 9)]]
+    model = as_onnx(call, given)
+    if inputs is None:
+        assert model is None
+        return
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(None, {f"x{k}": x.numpy() for k, x in enumerate(given)})
+    torch.testing.assert_close(torch.from_numpy(found), call(*given).detach(), rtol=1e-4, atol=1e-5)
+    doubles = [x.double() for x in given]
+    assert as_onnx(call, doubles) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -24,17 +24,21 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("ours, fisher, repaired", "tab:blue", {"tool": "cpd", "importance": "fisher", "repair": True}),
+    (
+        "ours, fisher, knapsack, repaired",
+        "tab:blue",
+        {"tool": "cpd", "importance": "fisher", "strategy": "knapsack", "repair": True},
+    ),
     ("ours, fisher", "tab:cyan", {"tool": "cpd", "importance": "fisher"}),
     ("ours, magnitude", "tab:green", {"tool": "cpd", "importance": "magnitude"}),
     ("TP, Taylor, isomorphic", "tab:red", {"importance": "taylor", "ranking": "isomorphic"}),
     ("TP, Taylor, local", "tab:orange", {"importance": "taylor", "ranking": "local"}),
     ("TP, magnitude, local", "tab:brown", {"importance": "magnitude", "ranking": "local"}),
-    ("scratch", "tab:gray", {"tool": "scratch", "importance": "fisher"}),
+    ("scratch", "tab:gray", {"tool": "scratch", "importance": "fisher", "strategy": "knapsack"}),
 )
 
 
-def write_plots(folder: Path, cells: Sequence[Cell], found: Records) -> list[str]:
+def write_plots(folder: Path, found: Records) -> list[str]:
     """Write the plots that there is data for; return the names of the files."""
     folder.mkdir(parents=True, exist_ok=True)
     names = []

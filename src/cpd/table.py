@@ -21,6 +21,7 @@ from .graph import Step
 from .groups import Groups
 from .labels import Labels
 from .measure import Measurer
+from .onecall import OneCall, Slot
 from .rules import Factor
 from .terms import Cost, Values
 
@@ -28,35 +29,6 @@ RUNGS = 8
 IDLE = 0.25
 TOGETHER = 3  # widths of one call between whose rungs lines are drawn; of more, the nearest rungs
 PRODUCTS = ("conv", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot")
-
-
-class OneCall(nn.Module):
-    """One call of a graph as a module: weights are its parameters, other tensors its inputs."""
-
-    def __init__(self, target: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.target, self.args, self.kwargs = target, args, kwargs
-        self.held = nn.ParameterList()
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        """Compute the call."""
-        left = iter(inputs)
-
-        def filled(value: Any) -> Any:
-            if isinstance(value, _Slot):
-                return next(left) if value.weight is None else self.held[value.weight]
-            if isinstance(value, list):
-                return [filled(item) for item in value]
-            return value
-
-        return self.target(*filled(self.args), **{k: filled(v) for k, v in self.kwargs.items()})
-
-
-class _Slot:
-    """Where a tensor stands among the arguments; `weight` is its number if it is a weight."""
-
-    def __init__(self, weight: int | None) -> None:
-        self.weight = weight
 
 
 class Table(Cost):
@@ -278,7 +250,7 @@ class _Shapes:
                 )
                 tensor = made.to(dtype)
                 (weights if weight and real else inputs).append(tensor)
-                return _Slot(len(weights) - 1 if weight and real else None)
+                return Slot(len(weights) - 1 if weight and real else None)
             return [slot(item) for item in value] if isinstance(value, list) else value
 
         args, kwargs = self._arguments()
