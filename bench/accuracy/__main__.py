@@ -80,9 +80,9 @@ def _run(wanted: list[Cell], cells: list[Cell], found: records.Records, options:
                     found[cell.key] = {"error": "the process died"}
                     pools[place] = _pool()
                 done += 1
-                print(f"{done}/{len(wanted)} {_line(cell)}: {found[cell.key]}", flush=True)
                 found |= {k: v for k, v in records.read(RECORDS).items() if k not in found}
                 records.write(RECORDS, cells, found)
+                print(f"{done}/{len(wanted)} {_line(cell)}: {found[cell.key]}", flush=True)
     finally:
         for pool in pools:
             for process in list((pool._processes or {}).values()):

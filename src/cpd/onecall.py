@@ -77,21 +77,22 @@ def _is_input(value: Any) -> bool:
     return isinstance(value, Slot) and value.weight is None
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Slot) and value.weight is not None
+def _weight(value: Any) -> int | None:
+    """The number of a weight; None for what is none."""
+    return value.weight if isinstance(value, Slot) else None
 
 
 def _convolution(call: OneCall, given: dict[str, Any]) -> tuple[list[Any], set[int]] | None:
     from onnx import helper
 
-    weight, bias = given.get("weight"), given.get("bias")
-    if not _is_input(given.get("input")) or not _is_weight(weight):
+    weight, bias = _weight(given.get("weight")), _weight(given.get("bias"))
+    if not _is_input(given.get("input")) or weight is None:
         return None
-    if bias is not None and not _is_weight(bias):
+    if bias is None and given.get("bias") is not None:
         return None
-    axes = call.held[weight.weight].ndim - 2
+    axes = call.held[weight].ndim - 2
     sizes = {name: _each(given.get(name, start), axes) for name, start in _CONV.items()}
-    names = ["x0", f"w{weight.weight}", *([f"w{bias.weight}"] if bias is not None else [])]
+    names = ["x0", f"w{weight}", *([f"w{bias}"] if bias is not None else [])]
     node = helper.make_node(
         "Conv",
         names,
@@ -117,18 +118,18 @@ def _linear(
 ) -> tuple[list[Any], set[int]] | None:
     from onnx import helper
 
-    weight, bias = given.get("weight"), given.get("bias")
-    if not _is_input(given.get("input")) or not _is_weight(weight):
+    weight, bias = _weight(given.get("weight")), _weight(given.get("bias"))
+    if not _is_input(given.get("input")) or weight is None or call.held[weight].ndim != 2:
         return None
-    if call.held[weight.weight].ndim != 2 or (bias is not None and not _is_weight(bias)):
+    if bias is None and given.get("bias") is not None:
         return None
-    added = [] if bias is None else [f"w{bias.weight}"]
+    added = [] if bias is None else [f"w{bias}"]
     if inputs[0].ndim == 2:
-        names = ["x0", f"w{weight.weight}", *added]
+        names = ["x0", f"w{weight}", *added]
         return [helper.make_node("Gemm", names, ["y"], transB=1)], set()
-    product = helper.make_node("MatMul", ["x0", f"w{weight.weight}"], ["p" if added else "y"])
+    product = helper.make_node("MatMul", ["x0", f"w{weight}"], ["p" if added else "y"])
     nodes = [product, *([helper.make_node("Add", ["p", *added], ["y"])] if added else [])]
-    return nodes, {int(weight.weight)}  # MatMul takes the weight turned
+    return nodes, {weight}  # MatMul takes the weight turned
 
 
 def _matmul(given: dict[str, Any]) -> tuple[list[Any], set[int]] | None:
