@@ -34,7 +34,7 @@ IMPORTANCES: dict[str, Any] = {
     "variance": "variance",
 }
 LIMITS = {"hessian": 0.10, "fisher": 0.35}
-BATCH, SIDE, STEPS = 32, 64, 1
+BATCH, SIDE, STEPS = 32, 96, 1
 
 
 def measure(network: str, rounds: int) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
             sources.append(Source(group, family, kept))
     for branch in _branches(groups, weights, alive, rules):
         pools.append({"isomorphic": branch.kind, "uniform": KIND}.get(rules.ranking, "all"))
+        means.append(1.0)  # each is a family of its own: over its own mean all would be alike
         steps = np.array([[branch.number]])
         parts.append((steps, weights.of(steps.ravel()), [1]))
         sources.append(Source(branch, branch.family, 1))

@@ -57,11 +57,13 @@ class Hessian(Accumulated):
         super().__init__(self._mended if mended else self._paper, needs_gradient=True)
         self._kept: dict[str, int] = {}
         self._elements: dict[str, float] = {}
+        self._covers: dict[tuple[str, int], torch.Tensor] = {}
 
     def start(self, model: nn.Module, groups: Groups) -> None:
         """Begin to watch a model."""
         super().start(model, groups)
         self._elements = _elements(groups)
+        self._covers = {}
 
     def reset(self) -> None:
         """Forget the sums, and what was left."""
@@ -84,7 +86,7 @@ class Hessian(Accumulated):
                 change = tensors[member.tensor].detach() * gradient
                 elements = self._elements.get(member.tensor, member.activation)
                 total += per_channel(change, member, size).square() / (elements * kept)
-                held += covered(member, size).to(held)
+                held += self._covered(group.name, member, size).to(held)
                 count += 1
             result[group.name] = total / held.clamp_min(1) / max(count, 1)
         return result
@@ -105,6 +107,13 @@ class Hessian(Accumulated):
             kept = self._left(group.name, made, tensors, size)
             result[group.name] = first_tier(found).square() / (places * kept)
         return result
+
+    def _covered(self, name: str, member: Member, size: int) -> torch.Tensor:
+        """Return which channels a member holds; worked out once, for all backward passes."""
+        key = (name, id(member))
+        if key not in self._covers:
+            self._covers[key] = covered(member, size)
+        return self._covers[key]
 
     def _left(self, name: str, members: list[Member], tensors: Tensors, size: int) -> int:
         """How many channels are still there: not all that makes them is zero."""
