@@ -96,7 +96,7 @@ def page(results: list[dict[str, Any]], rounds: int) -> str:
         f"{SIDE}×{SIDE}, one thread), in CPU time: the shortest of {rounds} rounds, in which plain "
         "steps and all importances take turns. What is below zero says how exact the figures are.",
         "",
-        f"Machine: {facts[0]}. Versions: {facts[1]}.",
+        f"Machine: {facts[0]}, load {os.getloadavg()[0]:.1f}. Versions: {facts[1]}.",
         "",
         "| importance | " + " | ".join(r["network"] for r in results) + " | at most |",
         "|---" + "|---:" * (len(results) + 1) + "|",
