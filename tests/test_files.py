@@ -150,17 +150,39 @@ def test_an_artefact_imports_nothing(
 # --- old formats load for ever
 
 
-@pytest.mark.parametrize("name", ["plan-1", "plan-2"])
+class Skip(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def residual() -> nn.Sequential:
+    """A network that may lose depth."""
+    blocks = [Skip() for _ in range(3)]
+    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, *ends)
+
+
+@pytest.mark.parametrize("name", ["plan-1", "plan-2", "plan-3"])
 def test_artefacts_of_earlier_versions_load(name: str) -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
+    model = (
+        residual()
+        if name == "plan-3"
+        else nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
     )
     assert json.loads((GOLDEN / name / PLAN).read_text())["format"] == int(name[-1])
     wanted = load_file(GOLDEN / name / "expected.safetensors")
@@ -291,6 +313,12 @@ class Targets:
             small, plan = cpd.prune(model, inputs, **options)
             cpd.save(small, plan, folder / str(number))
             self.models[number] = (model, inputs)
+        torch.manual_seed(0)
+        whole, x = residual(), torch.randn(2, 3, 6, 6)
+        small, plan = cpd.prune(whole, x, target="params=0.5", depth=True, min_keep=0)
+        assert plan.branches
+        cpd.save(small, plan, folder / str(len(self.models)))
+        self.models[len(self.models)] = (whole, x)
         values = {"a": torch.arange(6.0), "b": [1, {"c": (2.5, None)}], "d": "text"}
         write(folder / "checkpoint", values)
 
@@ -305,7 +333,7 @@ class Targets:
             with contextlib.suppress(errors.CPDError):
                 read(path)
             return
-        which = number // 8 % len(self.NAMES)
+        which = number // 8 % len(self.models)
         name = TENSORS if kind in (4, 5) else MANIFEST if kind == 6 else PLAN
         folder = self.folder / str(which)
         before = {each: (folder / each).read_bytes() for each in (TENSORS, PLAN, MANIFEST)}
@@ -361,7 +389,7 @@ def fuzzed(folder: Path, numbers: range) -> None:
     assert [path.name for path in folder.iterdir()] == ["inside"]
     assert [path.name for path in (folder / "inside").iterdir()] == ["data"]
     names = {path.name for path in data.iterdir()}
-    assert names <= {"0", "1", "2", "3", "checkpoint", "changed"}
+    assert names <= {"0", "1", "2", "3", "4", "checkpoint", "changed"}
 
 
 def test_changed_files_are_refused_or_harmless(tmp_path: Path) -> None:

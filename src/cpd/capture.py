@@ -7,7 +7,6 @@ is a number. What depends on the type of the inputs is found by running once mor
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -31,6 +30,7 @@ from .symbols import Sizes
 from .trace import named_tensors, quiet_state
 
 Shapes = list[tuple[int, ...]]
+CALLS = 4000  # of a forward under capture: some milliseconds each
 
 
 class TooSlow(Exception):
@@ -38,17 +38,18 @@ class TooSlow(Exception):
 
 
 class _Budget(TorchFunctionMode):
-    """Give up on a forward after some seconds of processor time."""
+    """Give up on a forward after so many calls: a time would give other plans on a busy machine."""
 
-    def __init__(self, seconds: float = 3.0) -> None:
+    def __init__(self, calls: int = CALLS) -> None:
         super().__init__()
-        self.until = time.process_time() + seconds
+        self.left = calls
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
-        if time.process_time() > self.until:
+        self.left -= 1
+        if self.left < 0:
             raise TooSlow
         return func(*args, **(kwargs or {}))
 
