@@ -306,3 +306,18 @@ def test_real_networks_lose_depth(name: str, exact: bool) -> None:
     small = proved(model, plan, x)
     small.train()(x).square().mean().backward()
     assert all(p.grad is not None for p in small.parameters())
+
+
+def test_the_shell_takes_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cpd.cli import main
+
+    flags = ["timm:resnet26", "--input_shape", "3,64,64", "--depth", "true"]
+    assert main(["comb", *flags]) == 0
+    assert "4 residual branches may go whole: layer1.1:1" in capsys.readouterr().out
+    more = ["--target", "macs=0.4", "--min_keep", "0", "--output", str(tmp_path / "small")]
+    assert main(["prune", *flags, *more]) == 0
+    assert "1 -> 0 branches" in capsys.readouterr().out
+    plan = Plan.from_json((tmp_path / "small" / "plan.json").read_text())
+    assert plan.branches
+    small = cpd.load(tmp_path / "small", timm.create_model("resnet26"))
+    assert not set(small.state_dict()) & plan.gone

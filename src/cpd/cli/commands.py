@@ -202,6 +202,7 @@ class Shell:
         limits: dict[str, float] | None = None,
         keep: dict[str, Any] | None = None,
         uniform: bool = False,
+        depth: bool = False,
         exact: bool = False,
         ignore: list[str] | None = None,
         unreachable: str = "error",
@@ -226,6 +227,7 @@ class Shell:
             limits: largest share that may go of groups or modules, such as '{"layer4.*": 0.3}'.
             keep: channels of modules that stay, such as '{"conv1": [0, 3]}' or '{"conv1": all}'.
             uniform: layers that are alike keep the same number; shows the configuration of that.
+            depth: residual branches may go whole, too.
             exact: also keep what feeds statistics across channels.
             ignore: modules or names whose width stays.
             unreachable: error, or closest.
@@ -249,6 +251,7 @@ class Shell:
             limits=limits,
             keep=keep,
             uniform=uniform,
+            depth=depth,
             exact=exact,
             ignore=ignore or (),
             unreachable=unreachable,
