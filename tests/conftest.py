@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ from hypothesis import settings
 from cpd import _torchvision
 
 torch.set_num_threads(1)
+# What PyTorch notes of every trace, with the graphs in it, is kept by pytest until a test ends.
+logging.getLogger("torch.__trace").propagate = False
 _torchvision.ensure()
 
 # The same examples in every run, and no verdict by the clock of a busy machine.
