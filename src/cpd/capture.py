@@ -7,6 +7,7 @@ is a number. What depends on the type of the inputs is found by running once mor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -24,13 +25,11 @@ from torch.utils._thunk import Thunk
 
 from .calls import Returned, Uncapturable, filled, fix, form, forward_with, leaves_of, tensors_in
 from .forward import Data, Forward
-from .forward_data import Apart, check_guards, child, data_of
+from .forward_data import Apart, Sizes, check_guards, child, data_of
 from .surgery import share
-from .symbols import Sizes
 from .trace import named_tensors, quiet_state
 
 Shapes = list[tuple[int, ...]]
-CALLS = 4000  # of a forward under capture: some milliseconds each
 
 
 class TooSlow(Exception):
@@ -38,18 +37,17 @@ class TooSlow(Exception):
 
 
 class _Budget(TorchFunctionMode):
-    """Give up on a forward after so many calls: a time would give other plans on a busy machine."""
+    """Give up on a forward after some seconds of processor time."""
 
-    def __init__(self, calls: int = CALLS) -> None:
+    def __init__(self, seconds: float = 3.0) -> None:
         super().__init__()
-        self.left = calls
+        self.until = time.process_time() + seconds
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
-        self.left -= 1
-        if self.left < 0:
+        if time.process_time() > self.until:
             raise TooSlow
         return func(*args, **(kwargs or {}))
 
@@ -111,7 +109,6 @@ def _graph(
     copied.train(training)
     env = Sizes()
     fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    fake.cache_enabled = False
     tensors = {name: _fake(fake, t, (), dtype) for name, t in named_tensors(copied)}
     plain = {
         name: _fake(fake, value, (), dtype)

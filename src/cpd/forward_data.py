@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import operator
+import sys
+from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.fx.experimental import recording, sym_node, symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .calls import Uncapturable
 from .forward import Data, encode, op_name
 
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_ASKING = {x.__file__ for x in (torch, symbolic_shapes, sym_node, recording)}
 Source = tuple[fx.Node, int | None]
 
 
 class Apart(Uncapturable):
     """Two runs of one forward are of different operators or numbers."""
+
+
+class Sizes(ShapeEnv):
+    """Answers every question about symbolic sizes by the sizes at hand, and notes what the module's
+    own code asked; operators check their sizes themselves.
+
+    PyTorch's own would first try to prove the answer for all sizes, which takes seconds where
+    images are padded and cut into windows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(duck_shape=False)
+        self.asked: list[Any] = []
+
+    def _evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        value = orig_expr.xreplace(self.backed_var_to_val)
+        if value.free_symbols or orig_expr.is_number:
+            return super()._evaluate_expr(orig_expr, *args, **kwargs)
+        if value is sympy.true or value is sympy.false:
+            guard = orig_expr if value is sympy.true else sympy.Not(orig_expr)
+        else:
+            guard = sympy.Eq(orig_expr, value)
+        if not self._suppress_guards_tls() and _branches():
+            self.asked.append(guard)
+        return value
 
 
 def check_guards(graph: fx.Graph, guards: list[Any]) -> None:
@@ -58,6 +91,14 @@ def _size(tracer: Any, node: fx.Node, axis: int | None) -> fx.Proxy:
     if axis is None:
         return made
     return tracer.create_proxy("call_function", torch.ops.aten.sym_size.int, (made, axis), {})
+
+
+def _branches() -> bool:
+    """Say whether it is the module's code that asks, not an operator."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_filename in _ASKING:
+        frame = frame.f_back
+    return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
 
 
 def child(path: str, *args: Any, **kwargs: Any) -> Any:
