@@ -32,7 +32,7 @@ from .trace import named_tensors, quiet_state
 Shapes = list[tuple[int, ...]]
 
 
-class TooSlow(Exception):
+class TooSlow(Uncapturable):
     """The arithmetic with symbolic sizes of a forward goes on and on."""
 
 
@@ -48,7 +48,7 @@ class _Budget(TorchFunctionMode):
     ) -> Any:
         del types
         if time.process_time() > self.until:
-            raise TooSlow
+            raise TooSlow("the arithmetic with its sizes takes too long")
         return func(*args, **(kwargs or {}))
 
 
@@ -146,7 +146,7 @@ def _made(run: Any, *args: Any) -> fx.GraphModule:
             run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
         )
         return make(*args)
-    except (Uncapturable, TooSlow):
+    except Uncapturable:
         raise
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
