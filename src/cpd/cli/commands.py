@@ -238,24 +238,19 @@ class Shell:
 
         source = Source(model, model_args or {})
         network = made(source, weights, seed)
+        options: dict[str, Any] = {
+            "strategy": strategy, "ranking": ranking, "multiple_of": multiple_of,
+            "min_keep": min_keep, "limits": limits, "keep": keep, "uniform": uniform,
+            "depth": depth, "exact": exact, "ignore": ignore or (), "unreachable": unreachable,
+        }  # fmt: skip
         small, plan = cpd.prune(
             network,
             source.inputs(network, input_shape),
             importance=named("importance", importance),
             target=target,
-            strategy=strategy,
-            ranking=ranking,
-            multiple_of=multiple_of,
             measure=named("measure", measure),
-            min_keep=min_keep,
-            limits=limits,
-            keep=keep,
-            uniform=uniform,
-            depth=depth,
-            exact=exact,
-            ignore=ignore or (),
-            unreachable=unreachable,
             seed=seed,
+            **options,
         )
         self.console.print(str(plan), markup=False, highlight=False)
         note: dict[str, Any] = {"model": model, "model_args": model_args or {}}
