@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -241,7 +242,7 @@ def mutated(value: Any, draw: random.Random) -> Any:
             held = held[key]
         kind = draw.random()
         if kind < 0.6:
-            held[last] = draw.choice(JUNK)
+            held[last] = copy.deepcopy(draw.choice(JUNK))
         elif kind < 0.75 and isinstance(held[last], int):
             held[last] = held[last] + draw.choice((-1, 1, 7))
         elif kind < 0.9:
