@@ -108,7 +108,7 @@ def test_a_branch_goes_whole(how: str) -> None:
     model = Net(Block(), Block(how=how), Block()).eval()
     groups = cpd.comb(model, X, depth=True, exact=True)
     assert [b.name for b in groups.branches] == [f"blocks.{k}:1" for k in range(3)]
-    assert not groups.whole
+    assert not groups.kept_branches
     plan = without(groups, "blocks.1:1")
     assert list(plan.branches) == ["blocks.1:1"]
     assert plan.gone == {n for n in model.state_dict() if n.startswith("blocks.1.")}
@@ -142,8 +142,8 @@ def test_what_is_left_is_copied_only_where_it_must_be() -> None:
 def test_a_branch_that_cannot_go_is_listed(how: str, why: str) -> None:
     groups = cpd.comb(Net(Block(how=how), Block()).eval(), X, depth=True)
     assert [b.name for b in groups.branches] == ["blocks.1:1"]
-    assert [w.name for w in groups.whole] == ["blocks.0:1"]
-    assert why in groups.whole[0].reason
+    assert [w.name for w in groups.kept_branches] == ["blocks.0:1"]
+    assert why in groups.kept_branches[0].reason
     assert why in str(groups)
 
 
@@ -153,10 +153,20 @@ def test_what_is_no_residual_branch(how: str) -> None:
     assert [b.name for b in groups.branches] == ["blocks.1:1"]
 
 
+def test_a_branch_that_writes_into_its_input_stays() -> None:
+    class Writes(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.dropout(x, 0.5, training=False)  # the same storage
+            return x + self.down(F.relu(self.up(y.relu_())))
+
+    groups = cpd.comb(Net(Writes(), Block()).eval(), X, depth=True)
+    assert [b.name for b in groups.branches] == ["blocks.1:1"]
+
+
 def test_what_the_user_keeps_stays() -> None:
     model = Net(Block(), Block(), Block()).eval()
     groups = cpd.comb(model, X, depth=True, ignore=["blocks.0.up"])
-    assert "ignored by the user" in groups.whole[0].reason
+    assert "ignored by the user" in groups.kept_branches[0].reason
     groups = cpd.comb(model, X, depth=True)
     free = without(groups, "blocks.0:1", "blocks.1:1")
     assert set(free.branches) == {"blocks.0:1", "blocks.1:1"} or len(free.branches) == 1
@@ -171,7 +181,7 @@ def test_what_the_user_keeps_stays() -> None:
         proved(model, plan, X)
     strict = cpd.comb(model, X, depth=True, keep_class="strict")
     assert not strict.branches
-    assert all("the class is to be kept" in each.reason for each in strict.whole)
+    assert all("the class is to be kept" in each.reason for each in strict.kept_branches)
 
 
 def test_a_share_of_the_branches_that_are_alike_stays() -> None:
@@ -245,10 +255,8 @@ def test_repair_leaves_what_goes_alone() -> None:
     assert difference(run(small, X), wanted) < difference(run(cpd.cut(model, plan), X), wanted)
 
 
-@pytest.mark.parametrize("cut_every", [0, 1])
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_branches_go_while_it_trains(cut_every: int, kind: str) -> None:
-    """Masked and cut runs end with the same plan and the same network."""
+def trained(kind: str, cut_every: int) -> tuple[cpd.Pruner, nn.Module, Any]:
+    """A run that prunes as it trains: the pruner, what comes out, the optimizer."""
     torch.manual_seed(0)
     model = Net(*(Block() for _ in range(4))).train()
     optimizer: Any = (
@@ -267,21 +275,24 @@ def test_branches_go_while_it_trains(cut_every: int, kind: str) -> None:
         model(x).square().mean().backward()
         optimizer.step()
         pruner.step(optimizer)
-    small = pruner.finish()
-    plan = pruner.plan
-    assert plan is not None
-    assert plan.branches
-    assert cpd.costs.params(small) == plan.costs["params"][1]
-    RESULTS[kind, cut_every] = (plan, run(small.eval(), X))
-    if cut_every:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert held == {id(p) for p in model.parameters()}
-        masked, wanted = RESULTS[kind, 0]
-        assert masked.branches == plan.branches
-        assert difference(RESULTS[kind, 1][1], wanted) < 1e-4
+    return pruner, pruner.finish(), optimizer
 
 
-RESULTS: dict[tuple[str, int], Any] = {}
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_branches_go_while_it_trains(kind: str) -> None:
+    """Masked and cut runs end with the same branches and the same network."""
+    masked, one, _ = trained(kind, 0)
+    cut, two, optimizer = trained(kind, 1)
+    assert masked.plan is not None
+    assert cut.plan is not None
+    assert masked.plan.branches
+    assert masked.plan.branches == cut.plan.branches
+    for small, plan in ((one, masked.plan), (two, cut.plan)):
+        assert cpd.costs.params(small) == plan.costs["params"][1]
+    assert difference(run(two.eval(), X), run(one.eval(), X)) < 1e-4
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in cut.model.parameters()}
+
 
 NETWORKS: dict[str, Any] = {
     "resnet26": lambda: timm.create_model("resnet26", num_classes=10),

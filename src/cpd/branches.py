@@ -27,6 +27,7 @@ from .channels import Ids
 from .drop import Addition, addition, called, dropped
 from .graph import op_name
 from .labels import Layer
+from .liveness import storage_keys
 from .replace import Disagreement, Replacements, Template
 from .rules import Factor
 from .terms import Terms, factors_of
@@ -82,7 +83,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Whole:
+class KeptBranch:
     """A residual branch that cannot go whole, and why."""
 
     name: str
@@ -101,8 +102,8 @@ def find_branches(groups: Groups, ignored: Iterable[str] = ()) -> Groups:
         try:
             found.append(finder.branch(place))
         except Uncapturable as reason:
-            held.append(Whole(place.name, str(reason)))
-    groups.branches, groups.whole = tuple(found), tuple(held)
+            held.append(KeptBranch(place.name, str(reason)))
+    groups.branches, groups.kept_branches = tuple(found), tuple(held)
     if found:
         _gate(groups)
     return groups
@@ -188,7 +189,6 @@ class _Finder:
         self.units: Units = groups.units
         self.replaced: Replacements = groups.replaced
         self.steps = {step.node: step for step in groups.steps}
-        self.read = {x.name for x in groups.trace.graph.nodes if x.users}
         self.uses = _uses(groups.trace)
 
     def branch(self, place: Place) -> Branch:
@@ -320,13 +320,15 @@ def _uses(trace: Trace) -> dict[str, set[str]]:
 
 
 def _check_writes(place: Place) -> None:
-    """Refuse a branch that writes into what it does not hold."""
+    """Refuse a branch that writes into what it does not hold, or into a view of it."""
+    outside = {x for node in place.nodes for x in node.all_input_nodes} - place.nodes
+    theirs = {storage for node in outside for storage in storage_keys(node)}
     for node in place.nodes:
         schema = getattr(node.target, "_schema", None)
         for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and value not in place.nodes and node.op == "call_function":
-                raise Uncapturable(f"{op_name(node)} writes into its input")
+            if writes and isinstance(value, fx.Node) and theirs & {*storage_keys(value)}:
+                raise Uncapturable(f"{op_name(node)} writes into what goes into it")
 
 
 def dead_branches(groups: Groups, alive: Any) -> list[Branch]:

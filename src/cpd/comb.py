@@ -54,7 +54,7 @@ def comb(
         keep_class: "loose" lets a module whose code computes a size that no attribute holds run a
             forward as data, in a subclass of its class; "strict" keeps its channels instead.
         depth: also find residual branches that may go whole (`groups.branches`); those that cannot
-            are in `groups.whole`, with the reason.
+            are in `groups.kept_branches`, with the reason.
 
     Raises:
         InputError: the model does not run on the inputs, or `ignore` names nothing.

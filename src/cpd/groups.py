@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .branches import Branch, Whole
+from .branches import Branch, KeptBranch
 from .channels import Ids, Place, Reason
 from .errors import InputError
 from .graph import Pinned, Step
@@ -95,8 +95,8 @@ class CouplingGroup:
 class Groups:
     """All coupling groups of a network, what stays and why, and what everything costs.
 
-    `branches`: the residual branches that may go whole, `whole`: those that cannot; both are empty
-    without `depth`. `gates`: call, or tensor's name -> factors that are 0 once its branch has gone.
+    `branches`: the residual branches that may go whole, `kept_branches`: those that cannot; both
+    are empty without `depth`. `gates`: call, or tensor's name -> factors that are 0 once its branch has gone.
     """
 
     trace: Trace
@@ -114,7 +114,7 @@ class Groups:
     activation: dict[str, float]
     model: nn.Module
     branches: tuple[Branch, ...] = ()
-    whole: tuple[Whole, ...] = ()
+    kept_branches: tuple[KeptBranch, ...] = ()
     gates: dict[Any, tuple[Factor, ...]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[CouplingGroup]:
@@ -273,9 +273,9 @@ class Groups:
         if self.branches:
             names = [branch.name for branch in self.branches]
             lines.append(f"  {len(names)} residual branches may go whole: {', '.join(names)}")
-        if self.whole:
+        if self.kept_branches:
             lines.append("  residual branches that cannot go whole:")
-            lines += [f"    {each}" for each in self.whole]
+            lines += [f"    {each}" for each in self.kept_branches]
         return lines
 
 
