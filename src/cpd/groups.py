@@ -96,7 +96,8 @@ class Groups:
     """All coupling groups of a network, what stays and why, and what everything costs.
 
     `branches`: the residual branches that may go whole, `kept_branches`: those that cannot; both
-    are empty without `depth`. `gates`: call, or tensor's name -> factors that are 0 once its branch has gone.
+    are empty without `depth`. `gates`: call, or tensor's name -> factors that are 0 once its branch
+    has gone.
     """
 
     trace: Trace
