@@ -25,9 +25,8 @@ from torch import fx
 from .calls import Uncapturable
 from .channels import Ids
 from .drop import Addition, addition, called, dropped
-from .graph import op_name
+from .graph import base, op_name
 from .labels import Layer
-from .liveness import storage_keys
 from .replace import Disagreement, Replacements, Template
 from .rules import Factor
 from .terms import Terms, factors_of
@@ -319,16 +318,26 @@ def _uses(trace: Trace) -> dict[str, set[str]]:
     return found
 
 
+_SAME = ("dropout", "alpha_dropout", "feature_dropout", "contiguous", "to", "reshape", "flatten")
+
+
 def _check_writes(place: Place) -> None:
     """Refuse a branch that writes into what it does not hold, or into a view of it."""
-    outside = {x for node in place.nodes for x in node.all_input_nodes} - place.nodes
-    theirs = {storage for node in outside for storage in storage_keys(node)}
-    for node in place.nodes:
+    for node in (x for x in place.nodes if x.op == "call_function"):
         schema = getattr(node.target, "_schema", None)
         for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(value, fx.Node) and theirs & {*storage_keys(value)}:
+            if writes and isinstance(value, fx.Node) and _origin(value) not in place.nodes:
                 raise Uncapturable(f"{op_name(node)} writes into what goes into it")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """Return the call that made the storage of a value; some return what they are given."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        if base(node) is node and op_name(node) not in _SAME:
+            break
+        node = base(node) if base(node) is not node else node.args[0]
+    return node
 
 
 def dead_branches(groups: Groups, alive: Any) -> list[Branch]:

@@ -198,9 +198,9 @@ class Reader:
                 argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node)
             ):
                 continue
-            base = _base(value)
-            touched = {base, value, *_views(base)}
-            if call.op.endswith("_") and _sole_chain(base, value) and not _views(value):
+            whole = base(value)
+            touched = {whole, value, *_views(whole)}
+            if call.op.endswith("_") and _sole_chain(whole, value) and not _views(value):
                 continue
             held = [self.env.get(other) for other in touched]
             for label in _flat([*held, *call.args.values()]):
@@ -285,7 +285,8 @@ def _is_view(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def _base(node: fx.Node) -> fx.Node:
+def base(node: fx.Node) -> fx.Node:
+    """Return the call that a view, or a view of a view, shows the storage of."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         if not (_is_view(node) or getattr(node.target, "__name__", "") == "getitem"):
             break

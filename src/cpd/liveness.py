@@ -85,7 +85,7 @@ def peak(
     made = {step.node: step.out for step in steps}
     gated: dict[int, tuple[Factor, ...]] = {}
     for time, node in enumerate(calls):
-        for storage in (x for source in node.all_input_nodes for x in storage_keys(source)):
+        for storage in (x for source in node.all_input_nodes for x in _storages(source)):
             if storage in storages:
                 storages[storage].last = max(storages[storage].last, time)
         out = made.get(node)
@@ -137,8 +137,7 @@ def _storage(value: torch.Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def storage_keys(node: fx.Node) -> list[int]:
-    """Return what tells the storages of a call's outputs apart: views have that of their base."""
+def _storages(node: fx.Node) -> list[int]:
     return [_storage(value) for value in _tensors(node.meta.get("val"))]
 
 
