@@ -265,3 +265,22 @@ def test_numbers_that_are_equal_by_chance_are_told_apart() -> None:
     plan = cpd.choose(groups, scores, "params=0.5", ranking="uniform")
     assert cpd.verify(model, cpd.cut(model, plan, verify=False), plan, x)
     assert any(w.group == "1.q" for w in plan.widths)
+
+
+def test_code_that_fails_for_one_reason_is_not_tried_again_and_again(monkeypatch) -> None:
+    """Widths differ, so each would be a capture of its own; three of them say enough."""
+    tried = []
+    capture = cpd.replace.capture
+    monkeypatch.setattr(
+        cpd.replace, "capture", lambda module, *more: tried.append(module) or capture(module, *more)
+    )
+    widths = [12, 16, 20, 24, 28]
+    layers = [nn.Linear(6, widths[0])]
+    for width, after in zip(widths, [*widths[1:], 3], strict=True):
+        layers += [Measured(width, 4), nn.Linear(width, after)]
+    groups = cpd.comb(nn.Sequential(*layers).eval(), torch.randn(2, 5, 6))
+    paths = [str(k) for k, layer in enumerate(layers) if isinstance(layer, Measured)]
+    assert [groups.replaced.template(path) for path in paths] == [None] * 5
+    assert {groups.replaced.why_not[path] for path in paths} == {groups.replaced.why_not["1"]}
+    assert "len()" in groups.replaced.why_not["1"]
+    assert len(tried) == 3
