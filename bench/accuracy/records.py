@@ -40,7 +40,7 @@ def write(path: Path, cells: Iterable[Cell], found: Records) -> None:
             named = {k: v for k, v in asdict(cell).items() if v != DEFAULTS[k]}
             line = {**named, "settings": mark(cell.network), **found[cell.key]}
             lines.append(json.dumps(line, separators=(",", ":"), ensure_ascii=False))
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def without(found: Records, pattern: str) -> Records:

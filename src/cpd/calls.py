@@ -37,28 +37,6 @@ def form(calls: list[Data]) -> tuple[Data, list[tuple[bool, ...]]]:
     return tree, varying
 
 
-def fix(
-    tree: Data, varying: list[tuple[bool, ...]], few: list[tuple[bool, ...]], call: Data
-) -> None:
-    """Write the sizes of axes that vary, but may not, into the leaves of a tree of arguments."""
-    leaves, _ = leaves_of(call)
-    for leaf in _inputs(tree):
-        value, k = leaves[leaf["input"]], leaf["input"]
-        axes = [a for a, (v, f) in enumerate(zip(varying[k], few[k], strict=True)) if v and not f]
-        if axes and not isinstance(value, torch.Tensor):
-            raise Uncapturable("its arithmetic with sizes takes too long")
-        if axes:
-            leaf["fixed"] = {str(axis): value.shape[axis] for axis in axes}
-
-
-def _inputs(tree: Any) -> Iterator[Data]:
-    if isinstance(tree, dict) and "input" in tree:
-        yield tree
-    elif isinstance(tree, dict | list):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from _inputs(part)
-
-
 def is_input(value: Any) -> bool:
     """Say whether a value is an input of the calls: a tensor or an integer."""
     return isinstance(value, torch.Tensor) or (

@@ -7,9 +7,8 @@ is a number. What depends on the type of the inputs is found by running once mor
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -18,56 +17,27 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.nn.utils import stateless
-from torch.overrides import TorchFunctionMode
 from torch.utils._thunk import Thunk
 
-from .calls import Returned, Uncapturable, filled, fix, form, forward_with, leaves_of, tensors_in
+from .calls import Returned, Uncapturable, filled, form, forward_with, leaves_of, tensors_in
 from .forward import Data, Forward
-from .forward_data import Apart, Sizes, check_guards, child, data_of
+from .forward_data import Apart, child, data_of
 from .surgery import share
+from .symbols import Sizes
 from .trace import named_tensors, quiet_state
 
 Shapes = list[tuple[int, ...]]
 
 
-class TooSlow(Uncapturable):
-    """The arithmetic with symbolic sizes of a forward goes on and on."""
-
-
-class _Budget(TorchFunctionMode):
-    """Give up on a forward after some seconds of processor time."""
-
-    def __init__(self, seconds: float = 3.0) -> None:
-        super().__init__()
-        self.until = time.process_time() + seconds
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        if time.process_time() > self.until:
-            raise TooSlow("the arithmetic with its sizes takes too long")
-        return func(*args, **(kwargs or {}))
-
-
-def capture(
-    module: nn.Module, calls: list[Data], children: list[Returned], batches: int | None = None
-) -> Forward:
+def capture(module: nn.Module, calls: list[Data], children: list[Returned]) -> Forward:
     """Return the forward of a module that is called with the arguments in `calls`.
 
-    Each of `calls` is what `bound` gives, from runs at several sizes of the batch (the first
-    `batches` of them) and then of the rest: where their shapes differ the forward takes any size;
-    with `batches` given only the batch may be any. `children`: what they return in these calls;
-    where it is not known they are run. Raises `Uncapturable`; `TooSlow` where the code's arithmetic
-    with any resolution takes too long.
+    Each of `calls` is what `bound` gives, from runs with inputs of several sizes: where their
+    shapes differ the forward takes any size. `children`: what they return in these calls; where it
+    is not known they are run. Raises `Uncapturable`.
     """
     tree, varying = form(calls)
-    if batches is not None:
-        _, few = form(calls[:batches])
-        fix(tree, varying, few, calls[0])
-        varying = few
     call = calls[0]
 
     def graph(kind: torch.dtype, *, training: bool, sizes: bool) -> fx.Graph:
@@ -109,6 +79,8 @@ def _graph(
     copied.train(training)
     env = Sizes()
     fake = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    if any(any(axes) for axes in varying):
+        fake.cache_enabled = False  # for sizes that vary it takes longer than it saves
     tensors = {name: _fake(fake, t, (), dtype) for name, t in named_tensors(copied)}
     plain = {
         name: _fake(fake, value, (), dtype)
@@ -130,12 +102,12 @@ def _graph(
         ]
         return flat
 
-    budget = _Budget() if any(any(axes) for axes in varying) else nullcontext()
-    with fake, torch.no_grad(), budget:
+    with fake, torch.no_grad():
         traced = _made(run, tensors, plain, inputs)
     _name_inputs(traced, [*tensors, *plain])
     _constants(traced)
-    check_guards(traced.graph, env.asked)
+    if env.refused:
+        raise Uncapturable(env.refused)
     _structure(traced.graph, returned)
     return traced.graph
 
@@ -162,26 +134,22 @@ def _fake_inputs(
 ) -> list[Any]:
     """Return inputs without values; an integer that varies is a symbol."""
     made: list[Any] = []
-    for k, (value, axes) in enumerate(zip(leaves_of(call)[0], varying, strict=True)):
+    for value, axes in zip(leaves_of(call)[0], varying, strict=True):
         if isinstance(value, torch.Tensor):
             made.append(_fake(mode, value, axes, dtype))
         else:
-            made.append(_symbol(env, value, f"integer_{k}") if axes[0] else value)
+            made.append(env.size(value) if axes[0] else value)
     return made
 
 
 def _fake(
     mode: FakeTensorMode, value: torch.Tensor, varying: tuple[bool, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    shape = tuple(value.shape)
     kind = dtype if value.is_floating_point() else value.dtype
-    if any(varying):
-        sizes = [DimDynamic.DYNAMIC if v else DimDynamic.STATIC for v in varying]
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        like = torch.empty(shape, dtype=kind, device="meta")
-        shape = mode.from_tensor(like, symbolic_context=context).shape
+    env: Any = mode.shape_env
+    shape = [env.size(n) if v else n for n, v in zip(value.shape, varying, strict=False)]
     with mode:
-        return torch.empty(shape, dtype=kind, device="cpu")
+        return torch.empty(shape or value.shape, dtype=kind, device="cpu")
 
 
 def _held(module: nn.Module, call: Data) -> torch.dtype:
@@ -201,7 +169,7 @@ class _Known:
         dtypes: dict[torch.dtype, torch.dtype],
     ) -> None:
         self.mode, self.env, self.dtypes = mode, env, dtypes
-        self.left, self.symbols = iter(children), 0
+        self.left = iter(children)
 
     def __call__(self, path: str, args: Any, kwargs: Any) -> Any:
         """Return the outputs of the next call of a child, or None where they are not known."""
@@ -219,12 +187,8 @@ class _Known:
             elif isinstance(leaf, tuple):
                 leaves.append(given[leaf[0]])
             else:
-                leaves.append(self._symbol(leaf[0]) if axes[0] else leaf[0])
+                leaves.append(self.env.size(leaf[0]) if axes[0] else leaf[0])
         return pytree.tree_unflatten(leaves, found.first.spec)
-
-    def _symbol(self, value: int) -> Any:
-        self.symbols += 1
-        return _symbol(self.env, value, f"returned_{self.symbols}")
 
     def _tensor(self, like: torch.Tensor, varying: tuple[bool, ...]) -> torch.Tensor | None:
         """Return a tensor of the same form; None where it has none of its own (views, sizes of
@@ -239,14 +203,6 @@ class _Known:
         with unset_fake_temporarily():
             made = _fake(self.mode, moved, tuple(varying[k] for k in order), kind)
         return made.permute([order.index(k) for k in range(like.ndim)])
-
-
-def _symbol(env: Sizes, value: int, name: str) -> Any:
-    from torch._dynamo.source import ConstantSource
-
-    source = ConstantSource(name)
-    symbol = env.create_symbol(value, source, DimDynamic.DYNAMIC)
-    return env.create_symintnode(symbol, hint=value, source=source)
 
 
 @contextmanager

@@ -1,104 +1,19 @@
-"""Calls of a traced forward as data, and the checks that go with them."""
+"""Calls of a traced forward as data."""
 
 from __future__ import annotations
 
 import operator
-import sys
-from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
-from torch.fx.experimental import recording, sym_node, symbolic_shapes
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .calls import Uncapturable
 from .forward import Data, encode, op_name
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
-_ASKING = {x.__file__ for x in (torch, symbolic_shapes, sym_node, recording)}
-Source = tuple[fx.Node, int | None]
-
 
 class Apart(Uncapturable):
     """Two runs of one forward are of different operators or numbers."""
-
-
-class Sizes(ShapeEnv):
-    """Answers every question about symbolic sizes by the sizes at hand, and notes what the module's
-    own code asked; operators check their sizes themselves.
-
-    PyTorch's own would first try to prove the answer for all sizes, which takes seconds where
-    images are padded and cut into windows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(duck_shape=False)
-        self.asked: list[Any] = []
-
-    def _evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
-        value = orig_expr.xreplace(self.backed_var_to_val)
-        if value.free_symbols or orig_expr.is_number:
-            return super()._evaluate_expr(orig_expr, *args, **kwargs)
-        if value is sympy.true or value is sympy.false:
-            guard = orig_expr if value is sympy.true else sympy.Not(orig_expr)
-        else:
-            guard = sympy.Eq(orig_expr, value)
-        if not self._suppress_guards_tls() and _branches():
-            self.asked.append(guard)
-        return value
-
-
-def check_guards(graph: fx.Graph, guards: list[Any]) -> None:
-    """Let the forward refuse sizes for which the module's code would have gone another way."""
-    if not guards:
-        return
-    sources = _sources(graph)
-    order = {node: k for k, node in enumerate(graph.nodes)}
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1:]
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    for expr in dict.fromkeys(guards):
-        if getattr(expr, "rel_op", "") == "==" and expr.rhs.is_number:
-            raise Uncapturable("its code fixes a size of its inputs, as len() does")
-        if not expr.free_symbols <= sources.keys():
-            raise Uncapturable("it branches on more than sizes of its inputs and its children's")
-        at = max([*last, *(sources[x][0] for x in expr.free_symbols)], key=order.__getitem__)
-        with graph.inserting_before(at.next):
-            sizes = {x: _size(tracer, *sources[x]) for x in expr.free_symbols}
-            holds = sympy_interp(PythonReferenceAnalysis, sizes, expr)
-            if isinstance(holds, fx.Proxy):
-                tracer.create_proxy("call_function", torch._check, (holds,), {})
-
-
-def _sources(graph: fx.Graph) -> dict[Any, Source]:
-    """Return symbol -> (the first call that has a size of it, its axis); an integer has no axis."""
-    found: dict[Any, Source] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        tensor = isinstance(value, torch.Tensor)
-        for axis, size in enumerate(value.shape if tensor else [value]):
-            if isinstance(size, torch.SymInt) and size.node._expr.is_symbol:
-                found.setdefault(size.node._expr, (node, axis if tensor else None))
-    return found
-
-
-def _size(tracer: Any, node: fx.Node, axis: int | None) -> fx.Proxy:
-    made = fx.Proxy(node, tracer)
-    if axis is None:
-        return made
-    return tracer.create_proxy("call_function", torch.ops.aten.sym_size.int, (made, axis), {})
-
-
-def _branches() -> bool:
-    """Say whether it is the module's code that asks, not an operator."""
-    frame: Any = sys._getframe(2)
-    while frame.f_code.co_filename in _ASKING:
-        frame = frame.f_back
-    return not frame.f_code.co_filename.startswith((_TORCH, _HERE))
 
 
 def child(path: str, *args: Any, **kwargs: Any) -> Any:

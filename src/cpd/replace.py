@@ -8,6 +8,7 @@ network, which know for every literal whose axis it is; a plan then only writes 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,13 +19,14 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from .calls import Made, Uncapturable, record, returned
-from .capture import TooSlow, capture
+from .capture import capture
 from .channels import Ids
 from .errors import CPDError
 from .forward import Data, Forward, changed
 from .graph import Step
 from .labels import Labels, Mask, axis_size
 from .literals import Place, matched, scales_of
+from .on_meta import OnMeta
 from .rules import Size
 from .surgery import rebuild
 from .trace import Trace, location, named_tensors, quiet_state
@@ -79,8 +81,6 @@ class Replacements:
         self.why: dict[str, str] = {}
         self._made: dict[str, Template | None] = {}
         self._children: dict[str, list[list[Made]]] = {}
-        self._batches: dict[str, int] = {}
-        self._slow: set[type] = set()
         self._captured: dict[Any, Forward | str] = {}
         self._failed: dict[type, list[str]] = {}
 
@@ -160,7 +160,7 @@ class Replacements:
         key = _key(module, calls)
         if key not in self._captured:
             try:
-                self._captured[key] = self._any_or_one_size(path, module, calls)
+                self._captured[key] = capture(module, calls, returned(self._children.get(path, [])))
             except Uncapturable as reason:
                 self._captured[key] = str(reason)
         found = self._captured[key]
@@ -168,34 +168,25 @@ class Replacements:
             raise Uncapturable(found)
         return found
 
-    def _any_or_one_size(self, path: str, module: nn.Module, calls: list[Data]) -> Forward:
-        made = self._children.get(path, [])
-        few = self._batches[path]
-        if type(module) not in self._slow:
-            try:
-                return capture(module, calls, returned(made))
-            except TooSlow:
-                self._slow.add(type(module))
-        return capture(module, calls, returned(made[:few]), few)
-
     @cached_property
     def _calls(self) -> dict[str, list[Data]]:
         """What every module with literal sizes is called with, at several sizes of the inputs."""
         paths = list(self.steps)
         args, kwargs = self.trace.args, self.trace.kwargs
+        mode: AbstractContextManager[Any] = OnMeta()
         model, device = _meta_copy(self.model), "meta"
-        whole = _runs(model, paths, *_varied(args, kwargs, device, 1))
+        whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
         if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
             return {}  # there are no values to run it on
         if not whole:
-            model, device = self.model, "cpu"
-            whole = _runs(model, paths, *_varied(args, kwargs, device, 1))
-        first = _runs(model, paths, *_varied(args, kwargs, device, 2)) or whole
+            model, device, mode = self.model, "cpu", nullcontext()
+            whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
+        first = _runs(model, paths, mode, *_varied(args, kwargs, device, 2)) or whole
         calls = {path: list(given) for path, (given, _) in first.items()}
         self._children = {path: list(made) for path, (_, made) in first.items()}
 
         def vary(batch: int, axes: tuple[int, ...]) -> bool:
-            found = _runs(model, paths, *_varied(args, kwargs, device, batch, axes))
+            found = _runs(model, paths, mode, *_varied(args, kwargs, device, batch, axes))
             for path, (given, made) in found.items():
                 if len(given) == len(first[path][0]):
                     calls[path] += given
@@ -203,7 +194,6 @@ class Replacements:
             return bool(found)
 
         vary(3, ())
-        self._batches = {path: len(given) for path, given in calls.items()}
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         axes = tuple(range(1, max((x.ndim for x in tensors), default=1)))
         if device == "meta" and not vary(2, axes):
@@ -218,14 +208,14 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _runs(
-    model: nn.Module, paths: list[str], args: Any, kwargs: Any
+    model: nn.Module, paths: list[str], mode: AbstractContextManager[Any], args: Any, kwargs: Any
 ) -> dict[str, tuple[list[Data], list[list[Made]]]]:
     """Return what the modules are called with, and what their children return to them; nothing
     where the model does not run.
     """
 
     def run() -> None:
-        with quiet_state(), torch.no_grad():
+        with quiet_state(), torch.no_grad(), mode:
             model(*args, **kwargs)
 
     training = {module: module.training for module in model.modules()}
@@ -236,8 +226,8 @@ def _runs(
     except Exception:  # noqa: BLE001 - an input size that the model does not bear
         return {}
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for module, trains in training.items():
+            module.training = trains
 
 
 def _varied(

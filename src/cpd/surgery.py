@@ -8,6 +8,7 @@ decides what to remove.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -174,8 +175,8 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if isinstance(value, torch.Tensor) and not value.is_leaf:
         value = value.detach()  # computed from parameters, and again in every forward
-    if kind is dict:
-        return {_copy(key, memo): _copy(item, memo) for key, item in value.items()}
+    if kind is dict or kind is OrderedDict:
+        return kind((_copy(key, memo), _copy(item, memo)) for key, item in value.items())
     if not isinstance(value, nn.Module) or _copies_itself(kind):
         return copy.deepcopy(value, memo)
     result: Any = object.__new__(kind)

@@ -7,6 +7,7 @@ tensors, so nothing on the model changes: no flag, hook, buffer or random state.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -24,7 +25,7 @@ from torch import fx, nn
 from .errors import InputError, TraceError
 from .surgery import share
 
-_TORCH = str(Path(torch.__file__).parent)
+_BELOW = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).with_name("on_meta.py")))
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -203,11 +204,11 @@ def source_line(node: fx.Node) -> str:
 
 
 def innermost(frames: Sequence[tuple[str, object]]) -> str:
-    """Return "file:line" of the last of frames (file, line) that is not PyTorch's own; "" for none.
+    """Return "file:line" of the last of frames (file, line) above PyTorch's own; "" for none.
 
     Files are named as they are imported; where all are PyTorch's own, the last is taken.
     """
-    own = [(file, line) for file, line in frames if not file.startswith(_TORCH)]
+    own = [(file, line) for file, line in frames if not file.startswith(_BELOW)]
     if not frames:
         return ""
     file, line = (own or frames)[-1]

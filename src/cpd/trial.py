@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .channels import Place
 from .groups import Groups
 from .labels import Mask, new_shape
+from .on_meta import OnMeta
 from .replace import Disagreement
 from .settle import classes_of, freeze, settle
 from .sizes import NORM_AND_CONV, attribute_values
@@ -100,7 +102,8 @@ def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | Non
 def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> Failure | None:
     error = run(_without(groups, kind))
     for part in (kind[::2], kind[1::2]) if halves else ():
-        error = error or run(_without(groups, part, least=True))
+        if error is None and part:
+            error = run(_without(groups, part, least=True))
     return error
 
 
@@ -224,6 +227,11 @@ def _without(groups: Groups, families: Iterable[Family], *, least: bool = False)
 def _runner(groups: Groups) -> Run:
     """Return a function that cuts on the meta device, runs, and tells the error or None."""
     expected = _output_shapes(groups)
+    modes = {"meta": OnMeta(), "fake": FakeTensorMode(allow_non_fake_inputs=True)}
+
+    def cut(alive: Mask, device: str, expected: Any) -> Failure | None:
+        mode = modes.get(device) or nullcontext()
+        return _run(groups.model, groups, alive, device, mode, expected)
 
     @lru_cache(maxsize=1)
     def device() -> str:
@@ -231,16 +239,16 @@ def _runner(groups: Groups) -> Run:
         ("fake"), or else takes real tensors.
         """
         for place in ("meta", "fake"):
-            if _run(groups.model, groups, groups.everything(), place, None) is None:
+            if cut(groups.everything(), place, None) is None:
                 return place
         return "fake" if any(tensor.is_meta for tensor in groups.model.parameters()) else "cpu"
 
     def run(alive: Mask) -> Failure | None:
         if not device.cache_info().currsize:
-            error = _run(groups.model, groups, alive, "meta", expected)
+            error = cut(alive, "meta", expected)
             if error is None or device() == "meta":
                 return error
-        return _run(groups.model, groups, alive, device(), expected)
+        return cut(alive, device(), expected)
 
     return run
 
@@ -256,11 +264,11 @@ def _run(
     groups: Groups,
     alive: Mask,
     device: str,
+    mode: Mode,
     expected: list[tuple[int, ...]] | None,
 ) -> Failure | None:
     of_ids = alive[groups.units.label]
     tensors = {}
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "fake" else nullcontext()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         labels = groups.labels[groups.trace.aliases[name]]
         shape = new_shape(labels, of_ids) if labels.layers else tuple(tensor.shape)
@@ -285,9 +293,7 @@ def _run(
         frames = [(x.filename, x.lineno) for x in extract_tb(error.__traceback__)[1:]]
         source = innermost(frames)
         return Failure(f"{type(error).__name__}: {text}", _failed_in(small, error), source)
-    shapes = [
-        tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)
-    ]
+    shapes = [tuple(x.shape) for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
     if expected is not None and sorted(shapes) != sorted(expected):
         return Failure(f"puts out {shapes} instead of {expected}")
     return None
@@ -319,9 +325,10 @@ def _failed_in(model: nn.Module, error: BaseException) -> tuple[str, ...]:
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, mode: Mode) -> torch.Tensor:
     """Return a tensor without values: on the meta device, or a fake one."""
+    if not isinstance(mode, FakeTensorMode):
+        return torch.empty(shape, dtype=dtype, device="meta")
     with mode:
-        fake = isinstance(mode, FakeTensorMode)
-        return torch.empty(shape, dtype=dtype, device="cpu" if fake else "meta")
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _to(value: Any, mode: Mode, device: str) -> Any:
@@ -330,4 +337,4 @@ def _to(value: Any, mode: Mode, device: str) -> Any:
             return x
         return _empty(x.shape, x.dtype, mode) if device != "cpu" else x.to(device)
 
-    return torch.utils._pytree.tree_map(moved, value)
+    return pytree.tree_map(moved, value)

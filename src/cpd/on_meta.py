@@ -1,0 +1,95 @@
+"""Runs on the meta device, where only shapes are computed.
+
+Code may ask for another device, or hold a tensor that it computed once; both are taken to the meta
+device. PyTorch finds many shapes by Python code of its own, so what an operator puts out for
+arguments of one form is computed once for all runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_META = torch.device("meta")
+_PLAIN = (
+    int, float, bool, complex, str, type(None),
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+class OnMeta(TorchDispatchMode):
+    """Compute on the meta device whatever device is asked for; may be entered again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[Any, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator, or make again what it is known to put out."""
+        del types
+        kwargs = kwargs or {}
+        try:
+            form = _form((args, kwargs))
+        except _Elsewhere:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _moved, (args, kwargs))
+            form = _form((args, kwargs))
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _META}
+        if form is None or any(x.alias_info is not None for x in func._schema.returns):
+            return func(*args, **kwargs)  # views, and what is written into
+        key = (func, form)
+        known = self._known.get(key)
+        if known is None:
+            out = func(*args, **kwargs)
+            self._known[key] = _remembered(out)
+            return out
+        return _made(known)
+
+
+class _Elsewhere(Exception):
+    """A tensor is not on the meta device."""
+
+
+def _form(value: Any) -> Any:
+    """Return what the form of a result depends on; None where that is not known."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        if not value.is_meta:
+            raise _Elsewhere
+        return (value.shape, value.stride(), value.dtype) if _is_plain(value) else None
+    if kind in (list, tuple, dict):
+        parts = value.items() if kind is dict else value
+        found = (kind, *[_form(part) for part in parts])
+        return None if None in found else found
+    return (kind, value) if kind in _PLAIN else None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_meta else tensor.to(_META)
+
+
+def _remembered(out: Any) -> Any:
+    """Return the shapes of what an operator puts out; None where it is not only tensors."""
+    if isinstance(out, torch.Tensor):
+        return (tuple(out.shape), out.stride(), out.dtype) if _is_plain(out) else None
+    if type(out) in (list, tuple):
+        parts = [_remembered(part) for part in out]
+        return None if None in parts else (type(out), parts)
+    return None
+
+
+def _made(known: Any) -> Any:
+    """Return new tensors of remembered shapes."""
+    if len(known) == 2:
+        return known[0](_made(part) for part in known[1])
+    shape, stride, dtype = known
+    return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
