@@ -83,7 +83,7 @@ $(VENV)/.zoo: $(STAMP)
 	touch $@
 
 zoo: $(VENV)/.zoo
-	$(BIN)/python -m zoo --workers 2 --write-docs
+	$(BIN)/python -m zoo --workers 2 --redo stale --write-docs
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -244,9 +244,9 @@ def test_differences() -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_network_of_a_library_runs_through_the_worker(name: str, tmp_path: Path) -> None:
-    (row,) = runner.run_all([name], "prune", tmp_path, limit=300)
+    (row,) = runner.run_all([name], "prune", tmp_path / "rows.jsonl", limit=300)
     assert runner.status_of(row) == "sound", row
-    assert row == runner.read(tmp_path, "prune", name)
+    assert row == runner.read(tmp_path / "rows.jsonl", "prune", name)
     assert row["live"]
     assert row["finite"]
     assert row["fingerprint"] == runner.fingerprint()
@@ -270,8 +270,8 @@ def test_time_out_says_where(tmp_path: Path) -> None:
     assert runner.status_of(row) == "timeout"
     assert row["ended"]["seconds"] == 1
     assert row["stage"] in ("start", "build")
-    runner.keep(tmp_path, "prune", row)
-    assert runner.read(tmp_path, "prune", TINY[0]) == row
+    runner.keep(tmp_path / "rows.jsonl", "prune", row)
+    assert runner.read(tmp_path / "rows.jsonl", "prune", TINY[0]) == row
 
 
 def test_an_unknown_network_is_an_error_with_its_text() -> None:
@@ -371,11 +371,11 @@ def zoo(*options: str, output: Path) -> subprocess.CompletedProcess[str]:
 
 def test_what_has_a_row_is_not_run_again(tmp_path: Path) -> None:
     row = {"name": TINY[0], **ROWS["good"], "mark": "kept"}
-    runner.keep(tmp_path, "prune", row)
-    done = zoo("--names", "starnet_s050", "--jobs", "prune", output=tmp_path)
+    runner.keep(tmp_path / "rows.jsonl", "prune", row)
+    done = zoo("--names", "starnet_s050", "--jobs", "prune", output=tmp_path / "rows.jsonl")
     assert done.returncode == 0, done.stderr
     assert "prune: 0 networks to run, 1 have a row" in done.stdout
-    assert runner.read(tmp_path, "prune", TINY[0]) == row
+    assert runner.read(tmp_path / "rows.jsonl", "prune", TINY[0]) == row
 
 
 @pytest.mark.parametrize(
@@ -388,13 +388,13 @@ def test_what_has_a_row_is_not_run_again(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_named(options: list[str], text: str, tmp_path: Path) -> None:
-    done = zoo(*options, output=tmp_path)
+    done = zoo(*options, output=tmp_path / "rows.jsonl")
     assert done.returncode == 2
     assert text in done.stderr
 
 
 def test_names_may_be_patterns(tmp_path: Path) -> None:
-    done = zoo("--list", "--names", "monai:*", "resnext50*", output=tmp_path)
+    done = zoo("--list", "--names", "monai:*", "resnext50*", output=tmp_path / "rows.jsonl")
     assert done.stdout.split() == [
         "torchvision:resnext50_32x4d", "monai:UNet", "monai:DynUNet", "monai:SegResNet",
         "monai:UNETR", "monai:SwinUNETR", "mmpretrain:resnext50",
@@ -411,13 +411,15 @@ def test_the_pages_say_what_the_rows_say(tmp_path: Path) -> None:
         "kinds": {"heads": [1, 8, 4]}, "frozen": [["sorted | along", 1234]], "message": "",
         "checks": {"batch": "ok", "train": "as before: ValueError"},
     }  # fmt: skip
-    runner.keep(tmp_path, "prune", {"name": "timm:resnet18", "modes": {"kept": kept}})
+    runner.keep(
+        tmp_path / "rows.jsonl", "prune", {"name": "timm:resnet18", "modes": {"kept": kept}}
+    )
     onnx = {"kept": {"status": "error", "stage": "onnx", "message": "ExportError: no"}}
-    runner.keep(tmp_path, "onnx", {"name": "timm:resnet18", "modes": onnx})
+    runner.keep(tmp_path / "rows.jsonl", "onnx", {"name": "timm:resnet18", "modes": onnx})
     late = {"name": "monai:UNet", "stage": "build", "modes": {}, "ended": {"seconds": 300.0}}
-    runner.keep(tmp_path, "prune", late)
+    runner.keep(tmp_path / "rows.jsonl", "prune", late)
 
-    markdown, table = page.write(tmp_path, tmp_path / "docs")
+    markdown, table = page.write(tmp_path / "rows.jsonl", tmp_path / "docs")
     text = markdown.read_text()
     assert "| timm | 98 | 1 | 1 | 0 | 0 | 0 | 0 | 0 |" in text
     assert "| monai | 5 | 1 | 0 | 0 | 1 | 0 | 0 | 0 |" in text

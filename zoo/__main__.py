@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
         "--limit", type=float, default=300, help="processor seconds for one, default 300"
     )
     parser.add_argument("--redo", choices=REDO, help="also those that have a row")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the rows are kept")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="file of the rows")
     parser.add_argument("--list", action="store_true", help="name the networks, run nothing")
     parser.add_argument("--write-docs", action="store_true", help="write docs/coverage.*")
     options = parser.parse_args()

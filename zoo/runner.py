@@ -1,4 +1,7 @@
-"""Run jobs in processes of their own with a time limit, and keep their rows."""
+"""Run jobs in processes of their own with a time limit, and keep their rows.
+
+They are kept in the repository: a run is an hour or two, more than some machines have at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,24 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = ROOT / "out" / "zoo"
+OUTPUT = ROOT / "docs" / "coverage.jsonl"
 PATIENCE = 6
 REDO = ("failed", "short", "stale", "all")
 
 Row = dict[str, Any]
-
-
-def path_of(output: Path, job: str, name: str) -> Path:
-    """Return the file of a network's row."""
-    return output / job / (re.sub(r"[^\w.-]+", "_", name) + ".json")
+_LOCK = Lock()
 
 
 def fingerprint() -> str:
@@ -37,10 +37,23 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
+def rows(output: Path) -> dict[tuple[str, str], Row]:
+    """Return (job, name of the network) -> row, of a file with a line for each."""
+    if not output.exists():
+        return {}
+    state = output.stat()
+    return _parsed(output, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)
+def _parsed(output: Path, *_: int) -> dict[tuple[str, str], Row]:
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    return {(line.pop("job"), line["name"]): line for line in lines}
+
+
 def read(output: Path, job: str, name: str) -> Row | None:
     """Return the row that is kept, or None."""
-    path = path_of(output, job, name)
-    return json.loads(path.read_text()) if path.exists() else None
+    return rows(output).get((job, name))
 
 
 def status_of(row: Row) -> str:
@@ -118,12 +131,14 @@ def _last(text: str, name: str) -> Row:
 
 
 def keep(output: Path, job: str, row: Row) -> None:
-    """Write a row in one step."""
-    path = path_of(output, job, row["name"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(row, indent=1) + "\n")
-    draft.replace(path)
+    """Write a row among the others, in one step."""
+    with _LOCK:
+        found = {**rows(output), (job, row["name"]): row}
+        lines = [json.dumps({"job": key[0], **found[key]}) for key in sorted(found)]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = output.with_suffix(".part")
+        draft.write_text("".join(f"{line}\n" for line in lines))
+        draft.replace(output)
 
 
 def run_all(

@@ -1,16 +1,19 @@
 """Thousands of random networks, in chunks that a later run goes on from.
 
-Each chunk has a seed of its own and leaves a file; what failed is made smaller and kept in it, and
-docs/fuzz.md is written from all of them.
+Each chunk has a seed of its own. The sums over those that passed are kept in the repository, with
+the code that they were checked with; what failed is made smaller, written into docs/fuzz.md, and
+checked again by the next run.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,8 +21,10 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from zoo.runner import fingerprint
 
 import generator
+from cpd.files import write_text
 
 from .base import IDIOMS
 from .check import check, wishes
@@ -27,6 +32,7 @@ from .network import Spec
 from .shrink import shrunk
 
 CHUNK = 20
+DIGEST = 5  # bytes
 HEAD = """# Random networks
 
 Written by `make fuzz`. Each network is combed with `exact=True` and without, cut by a random plan
@@ -67,7 +73,7 @@ def chunk(number: int) -> dict[str, Any]:
     @given(generator.specs(of), wishes())
     def networks(spec: Spec, wish: dict[str, Any]) -> None:
         text = json.dumps([spec, wish], sort_keys=True)
-        found["specs"].append(blake2b(text.encode(), digest_size=8).hexdigest())
+        found["specs"].append(blake2b(text.encode(), digest_size=DIGEST).hexdigest())
         found["idioms"].update(set(generator.names(spec["blocks"])))
         try:
             removed = check(spec, wish)
@@ -98,55 +104,80 @@ def smallest(failures: list[Any]) -> list[Any]:
     return result
 
 
-def chunks(nets: int, folder: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """Yield the chunks there are, then new ones, until so many different networks are checked.
-
-    A chunk with failures is checked again.
-    """
-    distinct: set[str] = set()
-    taken = set()
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        if not found["failures"]:
-            distinct.update(found["specs"])
-            taken.add(found["seed"])
-            yield found
+def chunks(sums: Sums, nets: int, jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield chunks that passed no earlier run, until so many different networks have passed."""
+    numbers = (k for k in range(10**9) if k not in sums.seeds)
     with get_context("spawn").Pool(jobs) as pool:
-        numbers = (k for k in range(10**9) if k not in taken)
-        while len(distinct) < nets:
-            for found in pool.map(chunk, [next(numbers) for _ in range(jobs)]):
-                (folder / f"{found['seed']:06}.json").write_text(json.dumps(found))
-                distinct.update(found["specs"])
-                yield found
+        waiting: list[Any] = []
+        while len(sums.specs) < nets:
+            while len(waiting) < jobs:
+                waiting.append(pool.apply_async(chunk, (next(numbers),)))
+            found = waiting.pop(0).get()
+            if not found["failures"]:
+                sums.add(found)
+            yield found
 
 
-def page(found: list[dict[str, Any]]) -> str:
+@dataclass
+class Sums:
+    """What passed: seeds, digests of the networks, and sums; `codes` says by which code."""
+
+    seeds: list[int] = field(default_factory=list)
+    specs: set[str] = field(default_factory=set)
+    codes: dict[str, int] = field(default_factory=dict)
+    idioms: Counter[str] = field(default_factory=Counter)
+    nets: int = 0
+    units: int = 0
+    of: int = 0
+    share: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Add a chunk."""
+        self.seeds.append(found["seed"])
+        self.specs.update(found["specs"])
+        self.idioms.update(found["idioms"])
+        count, code = len(found["specs"]), fingerprint()
+        self.codes[code] = self.codes.get(code, 0) + count
+        self.nets += count
+        for name in ("units", "of", "share", "seconds"):
+            setattr(self, name, getattr(self, name) + found[name])
+
+    @classmethod
+    def read(cls, path: Path) -> Sums:
+        """Return what a file holds, or nothing."""
+        if not path.exists():
+            return cls()
+        held = json.loads(path.read_text())
+        specs = textwrap.wrap(held.pop("specs"), 2 * DIGEST)
+        return cls(**held | {"specs": set(specs), "idioms": Counter(held["idioms"])})
+
+    def write(self, path: Path) -> None:
+        """Write all of it, in one step."""
+        text = json.dumps(vars(self) | {"specs": "".join(sorted(self.specs))})
+        write_text(path, text + "\n")
+
+
+def page(sums: Sums, failures: list[dict[str, Any]]) -> str:
     """Return docs/fuzz.md."""
-    nets = sum(len(x["specs"]) for x in found)
-    distinct = len({spec for x in found for spec in x["specs"]})
-    failures = [f for x in found for f in x["failures"]]
-    idioms: Counter[str] = Counter()
-    for x in found:
-        idioms.update(x["idioms"])
-    units, of = (sum(x[key] for x in found) for key in ("units", "of"))
-    passed = max(nets - sum(f["times"] for f in failures), 1)
     lines = [
         HEAD,
         "| | |",
         "|---|---|",
-        f"| networks | {nets:,} ({distinct:,} different) |",
-        f"| plans | {2 * nets:,} |",
-        f"| units removed | {units:,} of {of:,} |",
-        f"| parameters removed, on average | {sum(x['share'] for x in found) / passed:.1%} |",
+        f"| networks | {sums.nets:,} ({len(sums.specs):,} different) |",
+        f"| of them with the code as it is now | {sums.codes.get(fingerprint(), 0):,} |",
+        f"| plans | {2 * sums.nets:,} |",
+        f"| units removed | {sums.units:,} of {sums.of:,} |",
+        f"| parameters removed, on average | {sums.share / max(sums.nets, 1):.1%} |",
         f"| failures | {sum(f['times'] for f in failures)} |",
-        f"| seconds | {sum(x['seconds'] for x in found):,.0f} |",
+        f"| seconds | {sums.seconds:,.0f} |",
         f"| on | {platform.machine()}, one thread, PyTorch {torch.__version__} |",
         "",
         "## Idioms",
         "",
         "| idiom | networks |",
         "|---|---|",
-        *(f"| {name} | {count:,} |" for name, count in idioms.most_common()),
+        *(f"| {name} | {count:,} |" for name, count in sums.idioms.most_common()),
         "",
     ]
     if failures:

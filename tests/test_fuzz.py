@@ -1,0 +1,63 @@
+"""The sums of many random networks: kept, read again, and never counting what failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generator import fuzz
+
+
+def _chunk(seed: int, failures: int = 0) -> dict[str, Any]:
+    return {
+        "seed": seed, "specs": [f"{seed:010x}", "00000000ff"], "idioms": Counter(linear=2),
+        "units": 5, "of": 9, "share": 0.5, "seconds": 1.5,
+        "failures": [{"times": failures, "text": "E: no", "spec": {}, "wish": {}}] * bool(failures),
+    }  # fmt: skip
+
+
+def test_sums_come_back(tmp_path: Path) -> None:
+    """As they were written."""
+    sums = fuzz.Sums()
+    for seed in (0, 3):
+        sums.add(_chunk(seed))
+    sums.write(tmp_path / "sums.json")
+    again = fuzz.Sums.read(tmp_path / "sums.json")
+    assert vars(again) == vars(sums)
+    assert (again.seeds, again.nets, len(again.specs)) == ([0, 3], 4, 3)
+    assert fuzz.Sums.read(tmp_path / "none.json") == fuzz.Sums()
+    text = fuzz.page(again, [])
+    assert "| networks | 4 (3 different) |" in text
+    assert "| of them with the code as it is now | 4 |" in text
+    again.codes = {"other": 4}
+    assert "| of them with the code as it is now | 0 |" in fuzz.page(again, [])
+
+
+def test_a_run_goes_on_and_counts_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that are known are left out; one that failed is not known."""
+
+    class Pool:
+        def __init__(self, jobs: int) -> None:
+            assert jobs == 2
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def apply_async(self, _: object, args: tuple[int]) -> Any:
+            made = _chunk(args[0], failures=args[0] == 2)
+            return type("Result", (), {"get": lambda self: made})()
+
+    monkeypatch.setattr(fuzz, "get_context", lambda _: type("Context", (), {"Pool": Pool}))
+    sums = fuzz.Sums()
+    sums.add(_chunk(1))
+    ran = [found["seed"] for found in fuzz.chunks(sums, 5, 2)]
+    assert ran[:4] == [0, 2, 3, 4]
+    assert sums.seeds == [1, 0, 3, 4]
+    text = fuzz.page(sums, _chunk(2, failures=1)["failures"])
+    assert "- 1 times: E: no" in text
