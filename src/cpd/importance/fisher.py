@@ -48,6 +48,19 @@ class Fisher(Watching):
         super().__init__()
         self._found: dict[Place, torch.Tensor] = {}
 
+    def places(self) -> set[Place]:
+        """Return the inputs of readers, and what stands in for channels that none reads."""
+        _, groups = self.watched
+        found: set[Place] = set()
+        for group in groups:
+            left = torch.ones(group.size, dtype=torch.bool)
+            for tier in self.readings[group.name]:
+                shown = [r for r in tier if r.main and r.place is not None and left.any()]
+                found |= {r.place for r in shown if r.place is not None}
+                for reading in shown:
+                    left &= ~reading.covers(group.size)
+        return found
+
     def take(self, place: Place, value: torch.Tensor, axis: int) -> torch.Tensor | None:
         """Watch the gradient that comes back; that of an input is this reader's alone."""
         if not value.requires_grad or not torch.is_grad_enabled():
@@ -90,8 +103,7 @@ class Fisher(Watching):
         tensors = held_tensors(model)
         for group in groups:
             self._require(group, tensors)
-            parts = [self._parts(group, tier, tensors) for tier in self.readings[group.name]]
-            samples, batch = _ordered(parts)
+            samples, batch = _ordered(self._tiers(group, tensors))
             self.add(group.name, first_tier(samples).square().sum(0))
             if self.whole:  # until then gradients are those of the parts so far
                 self.add(f"{group.name}|parameters", first_tier(batch)[0].square())
@@ -107,6 +119,20 @@ class Fisher(Watching):
                 f"no gradient reached the layers of group {group.name!r}. Call observe() after "
                 "loss.backward() of a forward pass in which gradients were enabled."
             )
+
+    def _tiers(self, group: CouplingGroup, tensors: Tensors) -> list[tuple[Part, Part]]:
+        """Return what each tier tells, as far as channels are left that readers do not tell of and
+        no tier before it showed by sample.
+        """
+        parts: list[tuple[Part, Part]] = []
+        left = torch.ones(group.size, dtype=torch.bool)
+        for tier in self.readings[group.name]:
+            seen, told = self._parts(group, tier, tensors)
+            left &= ~(seen[1] | told[1]) if not parts else ~seen[1]
+            parts.append((seen, told))
+            if not left.any():
+                break
+        return parts
 
     def _parts(
         self, group: CouplingGroup, tier: list[Reading], tensors: Tensors
