@@ -284,3 +284,40 @@ def test_code_that_fails_for_one_reason_is_not_tried_again_and_again(monkeypatch
     assert {groups.replaced.why_not[path] for path in paths} == {groups.replaced.why_not["1"]}
     assert "len()" in groups.replaced.why_not["1"]
     assert len(tried) == 3
+
+
+class Elsewhere(nn.Module):
+    """Attention whose code also uses what it computed once, or reads values."""
+
+    def __init__(self, values: bool) -> None:
+        super().__init__()
+        self.inner, self.values = Counted(), values
+        self.held: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.held is None:
+            self.held = torch.ones(1)
+        if self.values:
+            return self.inner(x) * torch.arange(3).sum().item()
+        return self.inner(x * self.held)
+
+
+@pytest.mark.parametrize(("values", "place"), [(False, "meta"), (True, "bare")])
+def test_trials_compute_nothing_where_that_is_possible(values, place, monkeypatch) -> None:
+    """A tensor held elsewhere is taken along; code that reads values gets them."""
+    used = []
+    run = cpd.trial._run
+
+    def watched(*args: object) -> object:
+        used.append((args[3], error := run(*args)))
+        return error
+
+    monkeypatch.setattr(cpd.trial, "_run", watched)
+    model = nn.Sequential(nn.Linear(6, 24), Elsewhere(values), nn.Linear(24, 5)).eval()
+    model(torch.randn(1, 2, 6))
+    groups = cpd.comb(model, torch.randn(2, 7, 6))
+    assert {f.kind for g in groups for f in g.families} >= {"heads"}
+    assert [at for at, error in used if error is None][-1] == place
+    assert not [at for at, _ in used if at == "cpu"]
+    small, plan = pruned(model, torch.randn(2, 7, 6))
+    assert cpd.verify(model, small, plan, torch.randn(2, 7, 6))

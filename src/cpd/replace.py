@@ -173,13 +173,16 @@ class Replacements:
         """What every module with literal sizes is called with, at several sizes of the inputs."""
         paths = list(self.steps)
         args, kwargs = self.trace.args, self.trace.kwargs
-        mode: AbstractContextManager[Any] = OnMeta()
         model, device = _meta_copy(self.model), "meta"
-        whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
+        modes: tuple[AbstractContextManager[Any], ...] = (OnMeta(), nullcontext())
+        for mode in modes:
+            whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
+            if whole:
+                break
         if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
             return {}  # there are no values to run it on
         if not whole:
-            model, device, mode = self.model, "cpu", nullcontext()
+            model, device = self.model, "cpu"
             whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
         first = _runs(model, paths, mode, *_varied(args, kwargs, device, 2)) or whole
         calls = {path: list(given) for path, (given, _) in first.items()}

@@ -235,10 +235,11 @@ def _runner(groups: Groups) -> Run:
 
     @lru_cache(maxsize=1)
     def device() -> str:
-        """Where the uncut model runs: code that asks for values may do without while it is traced
-        ("fake"), or else takes real tensors.
+        """Where the uncut model runs: on the meta device, all of it or without what the code makes
+        elsewhere and reads ("bare"); code that asks for values may do without while it is traced
+        ("fake"), or else takes real tensors ("cpu").
         """
-        for place in ("meta", "fake"):
+        for place in ("meta", "bare", "fake"):
             if cut(groups.everything(), place, None) is None:
                 return place
         return "fake" if any(tensor.is_meta for tensor in groups.model.parameters()) else "cpu"
