@@ -119,6 +119,12 @@ def inplace_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return z * x
 
 
+def inplace_zeros(x: torch.Tensor, *where: slice) -> torch.Tensor:
+    y = x.clone()
+    y[where].zero_()
+    return y * x
+
+
 @torch.library.custom_op("cpdtest::grouped_mm_fallback", mutates_args=())
 def grouped_mm_fallback(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """Rows of x up to each offset by a matrix of their own, as mixtures of experts have it."""
@@ -211,6 +217,8 @@ CASES = [
     case("copy_ into channels", inplace_channels, IMAGE, free=False),
     case("fill_", lambda x: (x * 1.0).fill_(2.0) * x, IMAGE),
     case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE),
+    case("zero_ in space", lambda x: inplace_zeros(x, slice(None), slice(None), slice(1, 3)), IMAGE),
+    case("zero_ of half", lambda x: inplace_zeros(x, slice(None), slice(x.shape[1] // 2)), IMAGE),
     case("masked_fill_", lambda x: (x * 1.0).masked_fill_(x > 0, 3.0), IMAGE),
     case("dropout_", lambda x: F.dropout(x * 1.0, 0.5, training=False, inplace=True), IMAGE),
     # made on the spot
