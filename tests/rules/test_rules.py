@@ -369,6 +369,8 @@ CASES = [
     case("pad channels add", lambda x, y: F.pad(x, (0, 0, 1, 1)) + y, X(-3, 4), X(-5, 4)),
     case("pad channels reflect", lambda x: F.pad(x, (1, 1), mode="reflect"), X(3, -6), free=False),
     case("pad heads", lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), HEADS),
+    case("pad head dims", lambda x: F.pad(x, (0, 1)), HEADS),
+    case("pad head dims value", lambda x: F.pad(x, (1, 2), value=1.5), HEADS),
     case("pad circular", lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), IMAGE),
     case("reflection_pad3d", lambda x: torch.ops.aten.reflection_pad3d.default(x, [1] * 6), X(-3, 2, 2, 2)),
     case("replication_pad1d", lambda x: torch.ops.aten.replication_pad1d.default(x, [1, 1]), X(-6, 4)),

@@ -100,7 +100,7 @@ def expand_as(call: Call) -> Labels:
 @rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def pad(call: Call) -> Labels:
     """Padded axes are fixed, the others are not touched. Channels padded by a constant stay free
-    between the fixed ones.
+    between the fixed ones; those of heads stay, but heads may go.
     """
     x = call.args["self"]
     widths = list(call.args.get("pad") or call.args.get("padding") or ())
@@ -116,6 +116,11 @@ def pad(call: Call) -> Labels:
                 call.freeze(side, "padded")
             ids = np.concatenate([sides[0], layer.ids, sides[1]])
             kept.append(replace(layer, ids=ids))
+        elif padded == {layer.owner} and constant and min(ends[layer.owner]) >= 0:
+            call.channels.freeze_inner(layer.ids, "padded")
+            sides = [layer.ids[..., :1].repeat(n, -1) for n in ends[layer.owner]]
+            ids = np.concatenate([sides[0], layer.ids, sides[1]], -1)
+            kept.append(replace(layer, ids=ids, zero=layer.zero and zero))
         elif padded:
             call.freeze(layer.ids, "padded")
         else:
