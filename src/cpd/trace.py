@@ -7,6 +7,7 @@ tensors, so nothing on the model changes: no flag, hook, buffer or random state.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -72,15 +73,18 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
 @contextmanager
 def quiet_state() -> Iterator[None]:
     """Keep the random state, and make attention layers show their operators instead of a fused fast
-    path.
+    path. What fake tensors cannot do is an error that is dealt with, and not printed besides.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, log.disabled = log.disabled, True
     try:
         with _no_idle_autocast(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's
             yield
     finally:
+        log.disabled = quiet
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
