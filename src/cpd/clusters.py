@@ -29,7 +29,14 @@ def columns_of(tied: Iterable[tuple[Ids, Ids]]) -> dict[int, int]:
         of_items = np.broadcast_to(columns, items.shape).ravel().tolist()
         found.update(zip(items.ravel().tolist(), of_items, strict=True))
     for _ in range(4):
-        found = {item: found.get(column, column) for item, column in found.items()}
+        further = {
+            item: found[column]
+            for item, column in found.items()
+            if column in found and found[column] != column
+        }
+        if not further:
+            break
+        found |= further
     return found
 
 
