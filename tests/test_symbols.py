@@ -57,6 +57,11 @@ def test_a_size_that_cancels_out_is_a_number() -> None:
     assert (a + b == b + a) is True
     for question in (a == 14, a > 3, a < 10**8, b > a, a % 7 == 0, b == 2 * a):
         assert isinstance(question, torch.SymBool)
+    for never in (a % 100003 == 100002, a % 100003 > 100001, a == 10**6 + 3, a + 1 == b + 12345):
+        assert isinstance(never, torch.SymBool)  # no row has it, other inputs may
+        assert isinstance(torch.sym_not(never), torch.SymBool)
+    assert (a * b + 3 > 0) is True
+    assert (a >= 1) is True
 
 
 def test_a_division_by_zero_is_one() -> None:
@@ -134,6 +139,24 @@ def test_what_the_code_asks_is_checked() -> None:
     assert torch.equal(module(torch.ones(1, 21, 3)), torch.ones(1, 9))
     with pytest.raises(RuntimeError):
         module(torch.ones(1, 7, 3))
+
+
+class _Rare(nn.Module):
+    """Another way for lengths that hardly any input has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x if x.shape[1] % 1009 == 1 else x
+
+
+def test_a_way_that_no_row_goes_is_refused() -> None:
+    """It is no proof that none of the inputs drawn goes it."""
+    from cpd.forward import adopt
+
+    module = _Rare()
+    adopt(module, _captured(module, (2, 14), (3, 28)))
+    assert torch.equal(module(torch.ones(1, 5)), torch.ones(1, 5))
+    with pytest.raises(RuntimeError):
+        module(torch.ones(1, 1010))
 
 
 class _Counted(nn.Module):

@@ -27,6 +27,7 @@ from .calls import Uncapturable
 _BELOW = tuple(str(Path(x).parent) + os.sep for x in (str(torch.__file__), __file__))
 _ASKING = {x.__file__ for x in (torch, symbolic_shapes, sym_node, recording)} | {__file__}
 _ORDERED = ("ge", "gt", "le", "lt")
+_LOGIC = ("and", "or", "sym_not", "bitwise_and", "bitwise_or", "bitwise_xor")
 # One; small ones and large ones in any order; and one that no threshold in a code exceeds.
 _RANGES = ((1, 1), (2, 9), (2, 99), (2, 999), (50, 5000), (50, 5000), (10**9, 10**10))
 
@@ -50,7 +51,9 @@ class Sizes(ShapeEnv):
     def size(self, value: int) -> torch.SymInt:
         """Return a size of an input that varies, of the value at hand."""
         row = (value, *(self._draw.randint(*limits) for limits in _RANGES))
-        return torch.SymInt(Count.of(self, row, same=False))
+        made = Count.of(self, row, same=False)
+        made.grows = True
+        return torch.SymInt(made)
 
     def number(self, value: Any) -> Count:
         """Return a number as a node."""
@@ -117,6 +120,7 @@ class Count(SymNode):
     row: Row
     shape_env: Any
     constant: Any
+    grows: bool
     _name: Any
 
     @classmethod
@@ -124,7 +128,7 @@ class Count(SymNode):
         """Return a node; a number where the row is the same throughout (and `same` may be)."""
         made = object.__new__(cls)
         made.row, made.shape_env, made.pytype = row, env, type(row[0])
-        made._hint, made.fx_node, made._name = row[0], None, None
+        made._hint, made.fx_node, made._name, made.grows = row[0], None, None, False
         constant = same and row.count(row[0]) == len(row)
         made.constant = row[0] if constant else None
         return made
@@ -186,25 +190,46 @@ def _computed(env: Any, function: Callable[..., Any], nodes: Sequence[Any]) -> C
     return Count.of(env, tuple(made))
 
 
-def _method(attribute: str, operator: Callable[..., Any], ordered: bool) -> Any:
+def _method(attribute: str, name: str, operator: Callable[..., Any]) -> Any:
     original: Any = getattr(SymNode, attribute)
 
     def compute(self: Count, *others: Any) -> Any:
         if get_proxy_mode():
             return original(self, *others)
         found = _computed(self.shape_env, operator, (self, *others))
-        if ordered and self.constant is None and others[0].constant is None:
-            return Count.of(self.shape_env, found.row, same=False)  # of which is more, rows only
+        if found.constant is not None and not _certain(name, found.constant, (self, *others)):
+            return Count.of(self.shape_env, found.row, same=False)
+        found.grows = name in ("add", "mul") and all(_grows(x) for x in (self, *others))
         return found
 
     return compute
+
+
+def _certain(name: str, answer: Any, nodes: Sequence[Any]) -> bool:
+    """Say whether an answer that all rows give holds for all inputs.
+
+    What is equal in all rows is equal; but what differs in all of them may be equal for others
+    (a width that is no multiple of seven in any). Which is more is told by the least input for what
+    grows with it alone.
+    """
+    left = [x for x in nodes if x.constant is None]
+    if name in ("eq", "ne"):
+        return not left or answer is (name == "eq")
+    if name in _ORDERED:
+        return len(left) < 2 and all(_grows(x) for x in left)
+    return not (left and name in _LOGIC)
+
+
+def _grows(node: Any) -> bool:
+    """Say whether a size is never less than for inputs of size one, and has no bound."""
+    return node.grows if node.constant is None else node.pytype is int and node.constant > 0
 
 
 _operators: dict[str, Any] = METHOD_TO_OPERATOR
 for _name, _operator in _operators.items():
     _attribute = f"_{_name}_" if f"_{_name}_" in vars(SymNode) else f"_{_name}"
     if _attribute in vars(SymNode) and _name not in ("round", "sym_ite"):
-        setattr(Count, _attribute, _method(_attribute, _operator, _name in _ORDERED))
+        setattr(Count, _attribute, _method(_attribute, _name, _operator))
 
 
 def _round(self: Count, ndigits: int | None = None) -> Any:
@@ -216,7 +241,8 @@ def _round(self: Count, ndigits: int | None = None) -> Any:
 def _ite(self: Count, then: Any, other: Any) -> Any:
     if get_proxy_mode():
         return SymNode._sym_ite(self, then, other)  # type: ignore[attr-defined]
-    return _computed(self.shape_env, lambda x, a, b: a if x else b, (self, then, other))
+    found = _computed(self.shape_env, lambda x, a, b: a if x else b, (self, then, other))
+    return found if self.constant is not None else Count.of(self.shape_env, found.row, same=False)
 
 
 def _contiguous(order: Sequence[int]) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -149,8 +148,9 @@ class Sums:
         if not path.exists():
             return cls()
         held = json.loads(path.read_text())
-        specs = textwrap.wrap(held.pop("specs"), 2 * DIGEST)
-        return cls(**held | {"specs": set(specs), "idioms": Counter(held["idioms"])})
+        text, size = held.pop("specs"), 2 * DIGEST
+        specs = {text[k : k + size] for k in range(0, len(text), size)}
+        return cls(**held | {"specs": specs, "idioms": Counter(held["idioms"])})
 
     def write(self, path: Path) -> None:
         """Write all of it, in one step."""
