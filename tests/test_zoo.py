@@ -356,6 +356,15 @@ def test_states_and_what_runs_again() -> None:
     assert not runner.wanted(fresh, "stale", "prune")
 
 
+def test_what_a_row_is_made_by_is_code_not_words() -> None:
+    code = '"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n'
+    same = 'def f(x):\n    """Other."""\n\n    return (x +\n        1)\n'
+    assert runner.without_words(code) == runner.without_words(same)
+    assert runner.without_words(code) != runner.without_words(same.replace("1", "2"))
+    text = 'def f(x):\n    return "Doc."\n'
+    assert runner.without_words(text) != runner.without_words(text.replace("Doc", "Other"))
+
+
 def zoo(*options: str, output: Path) -> subprocess.CompletedProcess[str]:
     paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
