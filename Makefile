@@ -11,9 +11,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 # The C library gives each large block back to the kernel and takes it anew. Where page faults are
 # slow, as in virtual machines, that is more than half of the time; the timed targets stay as users
 # have it.
-test slow zoo fuzz: export MALLOC_MMAP_MAX_ := 0
-test slow zoo fuzz: export MALLOC_TRIM_THRESHOLD_ := 8589934592
-test slow zoo fuzz: export MALLOC_TOP_PAD_ := 67108864
+test slow zoo fuzz study: export MALLOC_MMAP_MAX_ := 0
+test slow zoo fuzz study: export MALLOC_TRIM_THRESHOLD_ := 8589934592
+test slow zoo fuzz study: export MALLOC_TOP_PAD_ := 67108864
 
 setup: $(STAMP)
 
@@ -59,9 +59,20 @@ demo: $(STAMP)
 demo-seg: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo-seg.yaml --output out/demo-seg --overwrite true
 
-# The paper's questions at small scale; an hour or two, stopped and started at will.
+# The paper's questions at small scale, two runs at a time; stopped and started at will.
+STUDIES := table4 figure5 table3
+RUNS := $(foreach name,$(STUDIES),$(foreach seed,0 1 2,study-$(name)-$(seed)))
+
 study: $(STAMP)
-	for name in table4 figure5 table3; do $(BIN)/python -m cpd.cli study recipes/study/$$name.yaml || exit; done
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(RUNS)
+	for name in $(STUDIES); do $(BIN)/python -m cpd.cli study recipes/study/$$name.yaml || exit; done
+	for name in $(STUDIES); do mkdir -p docs/study && cp -r out/study/$$name docs/study/ || exit; done
+
+study-%: $(STAMP)
+	$(BIN)/python -m cpd.cli study recipes/study/$(word 1,$(subst -, ,$*)).yaml --only.seed $(word 2,$(subst -, ,$*))
+
+# They share the runs with channel-wise distillation.
+$(foreach seed,0 1 2,$(eval study-figure5-$(seed): study-table4-$(seed)))
 
 # What the full-size tables cost before and after, with random weights.
 paper-costs: $(STAMP)
