@@ -226,6 +226,12 @@ def test_limits_are_patterns() -> None:
             UnknownName,
             "unknown strategy 'best'.*greedy, knapsack, oneshot, uniform",
         ),
+        (
+            {"strategy": {"greedy": {"rank": True}}},
+            UnknownName,
+            "unknown option of strategy 'greedy' 'rank'.*ranked",
+        ),
+        ({"strategy": {"greedy": {}, "oneshot": {}}}, InputError, "exactly one strategy"),
         ({"unreachable": "x"}, UnknownName, "unknown handling of unreachable targets 'x'"),
     ],
 )
@@ -337,6 +343,38 @@ def test_a_strategy_of_ones_own() -> None:
     )
     assert kept(plan, "0.weight") == [3, 4, 5]
     assert plan.options["strategy"] == "backwards"
+
+
+def test_a_strategy_with_options_is_called_by_its_name() -> None:
+    groups = chain(16, 16)
+    values = random_scores(groups, 0)
+
+    def plan(strategy: Any) -> Plan:
+        return cpd.choose(groups, values, "params=0.5", strategy=strategy)
+
+    for plain in ("oneshot", "uniform", "knapsack"):
+        named, bare = plan(plain), plan({plain: {}})
+        assert named.to_json() == bare.to_json()
+        assert named.options["strategy"] == plain
+    assert plan({"uniform": {}}).options["uniform"]
+    assert plan({"greedy": {"ranked": True}}).options["strategy"] == {"greedy": {"ranked": True}}
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "knapsack"])
+def test_other_strategies_may_go_by_rank(strategy: str) -> None:
+    """Raw, a layer of a thousandth of the scores gives all; by rank all that are alike give."""
+    groups = chain(32, 32, 32)
+    ramp = torch.linspace(0.1, 1, 32)
+    values = scores(groups, g0=ramp, g1=ramp / 1000, g2=ramp)
+
+    def left(ranked: bool) -> dict[str, int]:
+        options = {strategy: {"ranked": ranked}}
+        return widths(cpd.choose(groups, values, "macs=0.5", strategy=options, min_keep=0.0))
+
+    raw, ranked = left(False), left(True)
+    assert raw["0"] == raw["2"] == 32
+    assert raw["1"] < min(ranked.values())
+    assert max(ranked.values()) < 30
 
 
 def test_ties_are_broken_by_the_seed() -> None:

@@ -503,3 +503,41 @@ def test_stages_may_be_mappings_and_are_written_out():
     assert written["data"].endswith(":Data")
     assert json.loads(json.dumps(written)) == written
     assert "output" not in json.loads(config.fingerprint())
+
+
+# --- repair ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repair", [2, "auto"])
+def test_repair_at_every_event(repair, tmp_path):
+    """Said in the log; other weights than without, and the cut is proved as ever."""
+    result = compress(normed(), **keywords(repair=repair, output=tmp_path / "out"))
+    plain = compress(normed(), **keywords())
+    lines = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    told = [x["repaired"] for x in lines if x.get("event") == "prune"]
+    assert len(told) == 3
+    assert told == [True] * 3 or repair == "auto"
+    assert not any(told) or not same(result.model, plain.model)
+    assert "verified" in str(result.report.proof)
+
+
+def test_repair_is_left_where_it_does_not_help():
+    """Judged on other samples than it is made of."""
+    from cpd.importance import score
+    from cpd.repair import helps, mended
+
+    model, samples = normed().eval(), Data().train.tensors[0]
+    groups = cpd.comb(model, samples[:8])
+    plan = cpd.choose(groups, score("magnitude", model, groups), "macs=0.5")
+    found = mended(model, plan, [samples[:64]])
+    judges = [samples[64:128]]
+    assert helps(model, plan, found, judges)
+    spoiled = {name: tensor * -3 for name, tensor in found.items()}
+    assert not helps(model, plan, spoiled, judges)
+    assert not helps(model, plan, {}, judges)
+
+
+@pytest.mark.parametrize("repair", [-1, "always", 1.5])
+def test_repair_is_a_number_of_batches_or_auto(repair):
+    with pytest.raises(errors.InputError, match="repair must be a whole number"):
+        CompressConfig.of(**keywords(repair=repair))

@@ -525,3 +525,32 @@ def test_the_schedule_is_one():
     assert (schedule.count, schedule.steps) == (6, 30)
     assert [step for step in range(1, 40) if schedule.due(step)] == [5, 10, 15, 20, 25, 30]
     assert schedule.target_at(3) == pytest.approx({"macs": 0.7, "params": 1.0})
+
+
+def test_milliseconds_fall_towards_the_target_and_never_under_it():
+    """The whole network's time is not known: event k of K gets K / k times the last."""
+    schedule = Schedule({"latency_ms": 7, "macs": 0.4}, events=4)
+    assert [schedule.target_at(k)["latency_ms"] for k in (1, 2, 3, 4)] == [28, 14, 28 / 3, 7]
+    assert schedule.target_at(2) == {"latency_ms": 14, "macs": 0.7}
+    assert Schedule("latency_ms=7,macs=0.4", step=0.2).count == 3
+    with pytest.raises(errors.InputError, match="step is a share, but latency_ms is none"):
+        Schedule("latency_ms=7", step=0.2)
+
+
+def test_a_latency_target_while_training_leaves_the_model_as_it_is():
+    """The clock sees the model at every event; what it does to time it must not show."""
+    seen = []
+
+    def clock(module, inputs):
+        seen.append(module)
+        return float(sum(p.numel() for p in module.parameters()))
+
+    model = network().train()
+    optimizer = sgd(model.parameters())
+    whole = clock(model, X)
+    target = {"latency_ms": 0.6 * whole}
+    pruner = cpd.Pruner(model, X, target=target, measure=clock, cut_every=1, **TIMES)
+    trained(model, optimizer, pruner, steps=8)
+    assert model.training
+    assert len(seen) > 4
+    assert 0.5 * whole < clock(pruner.finish(optimizer), X) <= 0.62 * whole

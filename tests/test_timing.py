@@ -202,6 +202,25 @@ def test_real_clocks_tick(name: str, tmp_path: Path) -> None:
     assert mark.endswith("1 threads, median of 3")
 
 
+@pytest.mark.parametrize("name", ["eager", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_what_is_measured_stays_as_it_is(name: str) -> None:
+    """Modes, places and tensors of the user's own network, whatever a clock needs."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2))
+    model.train()
+    model[1].eval()  # frozen by the user
+    modes = [module.training for module in model.modules()]
+    held = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    same = [id(tensor) for tensor in model.parameters()]
+    groups = cpd.comb(model, torch.randn(2, 4))
+    measure = {name: {"runs": 5, "warmup": 1, "threads": 1, "cache": None}}
+    cpd.choose(
+        groups, random_scores(groups, 0), "latency=0.5", measure=measure, unreachable="closest"
+    )
+    assert [module.training for module in model.modules()] == modes
+    assert [id(tensor) for tensor in model.parameters()] == same
+    assert all(torch.equal(tensor, held[key]) for key, tensor in model.state_dict().items())
+
+
 def test_networks_take_turns_so_that_a_machine_that_slows_down_hits_both() -> None:
     """The second one takes twice as long, while each run slows the machine by a tenth."""
     small, whole = nn.Linear(2, 2), nn.Linear(2, 2)

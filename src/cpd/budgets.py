@@ -56,6 +56,18 @@ def parse_target(
     return shares
 
 
+def partly(shares: Mapping[str, float], done: float) -> dict[str, float]:
+    """Return the target of a part of the way, 0 < done <= 1: on a straight line from all of a cost.
+
+    Of `latency_ms` the whole is not known: it gets 1 / done times the final one, which never asks
+    for more than the end does, as nothing that went comes back.
+    """
+    return {
+        cost: share / done if cost == "latency_ms" else 1 - (1 - share) * done
+        for cost, share in shares.items()
+    }
+
+
 def _share_left(name: str, value: Any) -> float:
     try:
         share = float(value)

@@ -89,6 +89,10 @@ class Candidates:
         """Return the predicted loss: the importance of all that went, each channel once."""
         return float(self.values[self.before & ~alive].sum())
 
+    def ranked(self) -> Floats:
+        """Return what candidates weigh by their keys: what `ranking` compares, for each unit."""
+        return self.key * self.units
+
     def kind(self, number: int) -> str:
         """Return the kind of a candidate's family."""
         return self.sources[self.family[number]].family.kind

@@ -8,12 +8,13 @@ order of their scores, from the least important; a family never falls under its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ._shelf import one
+from ._shelf import check_options, keywords, one
 from .budgets import COSTS, TIMES, budgets, notes, parse_target, shortest
 from .candidates import Candidates, Rules, candidates
 from .errors import InputError, UnknownName, UnreachableTarget
@@ -56,12 +57,13 @@ def choose(
         target: share of a cost that is to be left, "macs=0.5"; several must all hold. Costs: macs,
             params, memory, latency; latency_ms is in milliseconds.
         strategy: "oneshot" (least important first), "greedy" (the paper's: each event cuts the one
-            group whose least important channels sum up to least), "knapsack" (an integer programme
-            that loses the least importance), "uniform" (the same share of every family, in step),
-            or a function of `Candidates`.
+            group whose least important channels sum up to least), "knapsack" (the least importance
+            lost that linear programmes find), "uniform" (the same share of every family, in step),
+            one of them with options ({"greedy": {"ranked": True}}), or a function of `Candidates`.
         ranking: "isomorphic" ranks units among structurally identical groups and takes the same
             share of each kind; "global" compares raw scores; "uniform" takes the same share of
-            every family.
+            every family. "oneshot" goes by it; "greedy" and "knapsack" by raw importance unless
+            they are `ranked`.
         multiple_of: kept channels come in multiples of this, where a family is at least that wide;
             "auto" measures which multiple pays.
         min_keep: share of each family that always stays (at least one unit).
@@ -93,17 +95,17 @@ def choose(
         clock.save()
     table = Table(groups, clock) if clock is not None and set(shares) & set(TIMES) else None
     before = groups.everything() if start is None else alive_of(groups, start)
-    uniform = uniform or strategy == "uniform"
+    name, ordered = _strategy(strategy)
+    uniform = uniform or ordered is STRATEGIES["uniform"]
     bounds = limits_of(groups, limits)
     held = kept_classes(groups, keep)
     rules = Rules(ranking, int(multiple_of), min_keep, bounds, seed, uniform, held)
     found = candidates(groups, scores, before, rules)
     found.allowed = budgets(groups, shares, table)
-    gone, met, taken = _chosen(found, _strategy(strategy), table)
+    gone, met, taken = _chosen(found, ordered, table)
     alive = found.without(gone)
     if not met and unreachable == "error":
         raise _unreachable(groups, found, alive, shares)
-    name = strategy if isinstance(strategy, str) else getattr(strategy, "__name__", "own")
     options = {
         "target": shares, "strategy": name, "ranking": ranking, "multiple_of": multiple_of,
         "min_keep": min_keep, "limits": bounds if callable(limits) else dict(limits or {}),
@@ -141,13 +143,16 @@ def _check_options(multiple_of: int | str, min_keep: float) -> None:
         raise InputError(f"min_keep is {min_keep!r}; give a share between 0 and 1")
 
 
-def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> Strategy:
+def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> tuple[Any, Strategy]:
+    """Return a strategy and what the plan calls it: its name, with its options where it has any."""
     if callable(strategy):
-        return strategy
+        return getattr(strategy, "__name__", "own"), strategy
     name, options = one("strategy", strategy)
     if name not in STRATEGIES:
         raise UnknownName("strategy", name, STRATEGIES)
-    return lambda found: STRATEGIES[name](found, **options)
+    function = STRATEGIES[name]
+    check_options("strategy", name, options, keywords(function)[1:])
+    return (name, function) if not options else ({name: options}, partial(function, **options))
 
 
 def _unreachable(

@@ -7,7 +7,7 @@ widths, so what a step saves hangs on what else goes, and the problem is solved 
 present point each cost is counted for other widths of each family alone, the programme with these
 savings is solved by `scipy.optimize.milp` (HiGHS), its answer is counted really, what was misjudged
 is taken off the limits, and the answer becomes the next point where it loses less. The first points
-are what the other strategies choose, so the result never loses more than they do.
+are what "oneshot" and "greedy" choose, so the result never loses more than they do.
 
 A programme takes steps in pieces, which become single steps from round to round, and lets one piece
 for each budget be a fraction, which is rounded up: what that takes too much is given back.
@@ -33,13 +33,14 @@ STAGES = 6
 class Knapsack:
     """The problem: which steps each family has, what they lose, and what is left of each cost."""
 
-    def __init__(self, found: Candidates) -> None:
-        self.found = found
+    def __init__(self, found: Candidates, *, ranked: bool = False) -> None:
+        self.found, self.ranked = found, ranked
+        self.score = found.ranked() if ranked else found.score
         families = np.unique(found.family).tolist()
         self.steps: list[Ids] = [np.flatnonzero(found.family == f) for f in families]
         self.limits = np.array([budget.limit for budget in found.allowed])
         self.ledger = Ledger(found, found.allowed)
-        self.weight = found.score / np.maximum(found.units, 1)
+        self.weight = self.score / np.maximum(found.units, 1)
         for steps in self.steps:  # what goes later in a family never weighs less
             self.weight[steps] = np.maximum.accumulate(self.weight[steps])
 
@@ -55,8 +56,15 @@ class Knapsack:
         return np.array([mask[steps].sum() for steps in self.steps], np.int64)
 
     def lost(self, point: Ids) -> float:
-        """Return the importance of all that is gone, each channel once."""
-        return self.found.lost(self.found.without(self.gone(point)))
+        """Return the importance of all that is gone, each channel once; or what its units weigh by
+        rank.
+        """
+        gone = self.gone(point)
+        return (
+            float(self.score[gone].sum())
+            if self.ranked
+            else self.found.lost(self.found.without(gone))
+        )
 
     def go(self, point: Ids) -> None:
         """Move the ledger to a point."""
@@ -85,19 +93,20 @@ class Knapsack:
 
     def losses(self, family: int, places: Ids) -> Floats:
         """Return the importance of the steps between one number of steps gone and the next."""
-        total = np.r_[0.0, np.cumsum(self.found.score[self.steps[family]])]
+        total = np.r_[0.0, np.cumsum(self.score[self.steps[family]])]
         return np.diff(total[places])
 
 
-def knapsack(found: Candidates, *, rounds: int = 12) -> Sequence[int]:
+def knapsack(found: Candidates, *, rounds: int = 12, ranked: bool = False) -> Sequence[int]:
     """Order candidates so that those of the best choice found come first.
 
-    `rounds`: programmes to solve around the best point. Needs SciPy.
+    `rounds`: programmes to solve around the best point. `ranked`: a unit weighs what `ranking`
+    makes of its importance, not the importance itself. Needs SciPy.
     """
     rest: list[int] = np.argsort(found.key, kind="stable").tolist()
     if not found.allowed or not len(found):
         return rest
-    problem = Knapsack(found)
+    problem = Knapsack(found, ranked=ranked)
     best = _best(problem, [*_starts(problem), _from_whole(problem)])
     if best is None:
         return rest

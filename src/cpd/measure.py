@@ -7,6 +7,7 @@ send the module to a farm of devices.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ from .costs import latency
 from .errors import InputError, UnknownName
 from .files import write_text
 from .onecall import OneCall, as_onnx
+from .surgery import share
 
 Measure = Callable[[nn.Module, tuple[torch.Tensor, ...]], float]
 Run = Callable[[int], list[float]]  # how often -> the milliseconds of each time
@@ -176,7 +178,7 @@ def _torch_mark(device: str) -> str:
 
 def _eager(threads: int | None, device: str) -> Prepare:
     def prepare(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Run:
-        module = module.to(device).eval()
+        module = _ready(module, device)
         args, kwargs = _split(torch.utils._pytree.tree_map(lambda x: _to(x, device), inputs))
 
         def once() -> float:
@@ -200,6 +202,14 @@ def _eager(threads: int | None, device: str) -> Prepare:
     return prepare
 
 
+def _ready(module: nn.Module, device: str) -> nn.Module:
+    """Return a module in evaluation mode on a device; the one given, which is the user's, stays in
+    its mode and place.
+    """
+    made = share(module) if device == "cpu" else copy.deepcopy(module).to(device)
+    return made.eval()
+
+
 def _to(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
@@ -220,7 +230,7 @@ def _onnx(threads: int | None) -> Prepare:
             if written is not None:
                 path.write_bytes(written.SerializeToString())
             else:
-                program = torch.export.export(module.eval(), args, kwargs, strict=False)
+                program = torch.export.export(share(module).eval(), args, kwargs, strict=False)
                 torch.onnx.export(program, dynamo=True, verbose=False).save(str(path))  # type: ignore[union-attr]
             session = latency.session(path, batch=int(batch), threads=threads)
         return lambda count: [taken / 1e6 for taken in session.times(count)]

@@ -22,7 +22,7 @@ from torch import fx, nn
 from .comb import comb
 from .errors import InputError, UnknownName
 from .groups import Groups
-from .labels import alive_mask
+from .labels import Mask, alive_mask
 from .plan import Plan
 from .planning import alive_of
 from .precision import widened
@@ -118,6 +118,51 @@ def mended(
         return _Walk(model, groups, plan, given, repairs).run()
 
 
+def helps(
+    model: nn.Module, plan: Plan, tensors: dict[str, torch.Tensor], batches: Iterable[Inputs]
+) -> bool:
+    """Whether mended tensors (of `mended`) bring what the network puts out without the removed
+    channels nearer to what it puts out whole, in the mean square over batches of other samples.
+    """
+    first = {n: t.detach() for n, t in named_tensors(model)}
+    first = {n: first[n] for n in dict.fromkeys(plan.aliases.values())}
+    lost = [0.0, 0.0]
+    with torch.no_grad(), quiet_state():
+        for batch in batches:
+            given = split_inputs(batch)
+            groups = _groups_for(model, plan, given)
+            of_ids = alive_of(groups, plan)[groups.units.label]
+            alive = _alive(groups, plan, of_ids, first)
+            whole = Reference(groups, np.ones(len(of_ids), bool), first).outputs(*given)
+            for number, made in enumerate((first, {**first, **tensors})):
+                kept = {name: made[name] * alive[name].to(first[name].dtype) for name in first}
+                outputs = Reference(groups, of_ids, kept).outputs(*given)
+                lost[number] += sum(map(_distance, outputs, whole))
+    return lost[1] < lost[0]
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The square of what two outputs differ by, over that of the second."""
+    if not b.is_floating_point():
+        return 0.0
+    return float((a - b).double().square().sum() / b.double().square().sum().clamp_min(1e-30))
+
+
+def _alive(
+    groups: Groups, plan: Plan, of_ids: Mask, first: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what is left of every tensor, as masks of its own shape."""
+    found = {
+        name: torch.from_numpy(
+            np.broadcast_to(alive_mask(groups.labels[name], of_ids), tuple(tensor.shape)).copy()
+        ).to(tensor.device)
+        for name, tensor in first.items()
+    }
+    for name in plan.gone & first.keys():
+        found[name].zero_()
+    return found
+
+
 def _shapes(values: Any) -> list[Any]:
     leaves = torch.utils._pytree.tree_leaves(values)
     return [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -149,14 +194,7 @@ class _Walk:
         self.whole = {n: t.detach() for n, t in named_tensors(model)}
         first = {n: self.whole[n] for n in dict.fromkeys(plan.aliases.values())}
         of_ids = alive_of(groups, plan)[groups.units.label]
-        self.alive = {
-            name: torch.from_numpy(
-                np.broadcast_to(alive_mask(groups.labels[name], of_ids), tuple(tensor.shape)).copy()
-            ).to(tensor.device)
-            for name, tensor in first.items()
-        }
-        for name in plan.gone & first.keys():
-            self.alive[name].zero_()
+        self.alive = _alive(groups, plan, of_ids, first)
         self.kept = {name: first[name] * self.alive[name].to(first[name].dtype) for name in first}
         everything = np.ones(len(of_ids), bool)
         self.big = [_begun(Reference(groups, everything, first), batch) for batch in batches]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .budgets import parse_target
+from .budgets import parse_target, partly
 from .choose import choose
 from .errors import InputError
 from .groups import Groups
@@ -82,8 +82,7 @@ class Steps:
                     break
 
     def _proposed(self, number: int) -> Step:
-        done = number / self.count
-        target = {cost: 1 - (1 - share) * done for cost, share in self.shares.items()}
+        target = partly(self.shares, number / self.count)
         more = {**self.options, "start": self.plan, "keep": self.keep}
         plan = choose(self.groups, self.scores, target, **more)
         before = [w.before for w in plan.widths] if self.plan is None else [
@@ -113,7 +112,8 @@ def steps(
                 step.veto("head")
         small = cpd.cut(model, going.plan)
 
-    Step k of K aims at 1 - (1 - target) k / K of each cost, from the plan before it.
+    Step k of K aims at 1 - (1 - target) k / K of each cost, from the plan before it; at K / k times
+    a `latency_ms`, of which the whole is not known.
 
     Args:
         groups: from `comb`.

@@ -19,9 +19,12 @@ def oneshot(found: Candidates) -> Sequence[int]:
     return order
 
 
-def greedy(found: Candidates) -> Sequence[int]:
+def greedy(found: Candidates, *, ranked: bool = False) -> Sequence[int]:
     """The paper's loop: each event cuts the family whose k least important channels sum up to least
     by k.
+
+    `ranked`: a unit weighs what `ranking` makes of its importance (by "isomorphic", its place among
+    all that are built alike), not the importance itself.
 
     k = min(2^floor(log2(floor(kept / 16))), 4), at least 1, for channels; 1 for heads, groups and
     their dims. Source: the released code of "Comb, Prune, Distill" (arXiv 2408.03046).
@@ -31,11 +34,12 @@ def greedy(found: Candidates) -> Sequence[int]:
         queues.setdefault(family, []).append(number)
     kept = {family: found.sources[family].kept for family in queues}
     order: list[int] = []
+    weight = found.ranked() if ranked else found.score
 
     def event(family: int) -> tuple[float, int, int]:
         channels = found.sources[family].family.kind == "channels"
         numbers = queues[family][: _per_event(kept[family]) if channels else 1]
-        return float(found.score[numbers].sum()), family, len(numbers)
+        return float(weight[numbers].sum()), family, len(numbers)
 
     heap = [event(family) for family in queues]
     heapq.heapify(heap)

@@ -57,7 +57,8 @@ class CompressConfig:
         scored: the losses whose gradients the importance sees: "all" that the network trains on,
             "task", or "distillation".
         repair: batches of training data by which what is left makes good for what goes, at every
-            event (see ``cpd.repair``); 0 for none.
+            event (see ``cpd.repair``); 0 for none. "auto": four, and one more that judges at each
+            event whether the outputs come nearer to the whole network's; else it is left.
         teacher: "self" (the unpruned network), another network, or nothing.
         losses: distillation losses: a name, or a mapping of names to options with their weight.
         base: how the unpruned network is trained first; nothing: it comes trained.
@@ -100,7 +101,7 @@ class CompressConfig:
     task: Any = "classification"
     importance: Any = "hessian"
     scored: str = "all"
-    repair: int = 0
+    repair: Any = 0
     teacher: Any = "self"
     losses: Any = "kd"
     base: TrainOptions | None = None
@@ -163,9 +164,9 @@ class CompressConfig:
                 "prune.parallel must be ddp: scores and masks need whole tensors. base and recover "
                 "may be fsdp"
             )
-        value: Any = self.repair
-        if not isinstance(value, int) or value < 0:
-            text = f"repair must be a whole number of at least 0, got {value!r}"
+        whole = isinstance(self.repair, int) and self.repair >= 0
+        if not whole and self.repair != "auto":
+            text = f"repair must be a whole number of at least 0, or 'auto', got {self.repair!r}"
             raise InputError(text)
         if self.scored not in SCORED:
             raise UnknownName("losses to score by", self.scored, SCORED)

@@ -17,7 +17,7 @@ from cpd.groups import Groups
 from cpd.mask import mask
 from cpd.plan import Plan
 from cpd.pruner import Rounds
-from cpd.repair import mended
+from cpd.repair import helps, mended
 from cpd.trace import named_tensors
 
 __all__ = ["Events"]
@@ -43,8 +43,10 @@ class Events(Callback):
     ) -> None:
         """``saved`` is called after every event with the plan and the step it was made at.
 
-        ``batches``: inputs that the network is repaired by at every event.
+        ``batches``: inputs that the network is repaired by at every event; with repair="auto" the
+        last of them judges whether that helps.
         """
+        self.repaired: bool | None = None
         self.batches = batches
         self.calibrated: Groups | None = None
         self.gradients: list[torch.Tensor | None] = []
@@ -148,7 +150,12 @@ class Events(Callback):
         """Let what stays make good for what is about to go."""
         device = next(self.student.parameters()).device
         batches = [to_device(batch, device) for batch in self.batches]
-        found = mended(self.student, replace(plan, groups=self.calibrated), batches)
+        plan = replace(plan, groups=self.calibrated)
+        judges = batches[-1:] if self.config.repair == "auto" else []
+        found = mended(self.student, plan, batches[: len(batches) - len(judges)])
+        self.repaired = not judges or helps(self.student, plan, found, judges)
+        if not self.repaired:
+            return
         held = dict(named_tensors(self.student))
         with torch.no_grad():
             for name, value in found.items():

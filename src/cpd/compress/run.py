@@ -44,6 +44,7 @@ from cpd.verify import verify
 __all__ = ["Run", "built"]
 
 STAGES = ("base", "prune", "recover")
+AUTO_REPAIR = 5  # batches: four to repair with, and one that judges
 
 
 def built(model: nn.Module | Callable[..., nn.Module], config: CompressConfig) -> nn.Module:
@@ -233,7 +234,8 @@ class Run:
 
         def saved(plan: Plan, step: int) -> None:
             costs = {cost: after for cost, (_, after) in plan.costs.items()}
-            self.journal.record(phase="prune", event="prune", step=step, **costs)
+            mended = {} if events.repaired is None else {"repaired": events.repaired}
+            self.journal.record(phase="prune", event="prune", step=step, **costs, **mended)
             self.journal.save("prune", loop, plan=plan.to_json(), done=events.done)
             if loop.losses is not None:
                 loop.losses.keep(self._kept(plan))
@@ -268,7 +270,8 @@ class Run:
         if not self.config.repair:
             return []
         batches = Batches(self.data.train, self.config.prune.batch_size, self.config.seed)
-        found = itertools.islice(batches.epoch(0), self.config.repair)
+        count = AUTO_REPAIR if self.config.repair == "auto" else self.config.repair
+        found = itertools.islice(batches.epoch(0), count)
         inputs = [unpack(batch)[:2] for batch in found]
         return [kwargs or args for args, kwargs in inputs]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..budgets import parse_target
+from ..budgets import parse_target, partly
 from ..errors import InputError
 
 __all__ = ["Schedule"]
@@ -15,7 +15,8 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Event k of K aims at 1 − (1 − target) · k / K of each cost, `interval` steps after the last.
+    """Event k of K aims at 1 − (1 − target) · k / K of each cost, `interval` steps after the last;
+    at K / k times a `latency_ms`, of which the whole is not known.
 
     Attributes:
         target: the costs to reach, as shares of the unpruned network.
@@ -31,7 +32,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is trained."""
-        parse_target(self.target)
+        shares = parse_target(self.target)
         for name in ("interval", "events"):
             value: Any = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -40,13 +41,16 @@ class Schedule:
             raise InputError(f"step must be above 0 and at most 1, got {self.step!r}")
         if self.step is not None and self.events is not None:
             raise InputError("give events (how many) or step (how much at once), not both")
+        if self.step is not None and set(shares) == {"latency_ms"}:
+            raise InputError("step is a share, but latency_ms is none: give events, or latency=")
 
     @property
     def count(self) -> int:
         """Pruning events until the target."""
         if self.step is None:
             return self.events or 10
-        most = max(1 - share for share in parse_target(self.target).values())
+        shares = parse_target(self.target)
+        most = max(1 - share for cost, share in shares.items() if cost != "latency_ms")
         return max(1, math.ceil(most / self.step - 1e-9))
 
     @property
@@ -60,5 +64,4 @@ class Schedule:
 
     def target_at(self, event: int) -> dict[str, float]:
         """The target of an event (from 1): on a straight line from 1 to the final one."""
-        done = event / self.count
-        return {cost: 1 - (1 - share) * done for cost, share in parse_target(self.target).items()}
+        return partly(parse_target(self.target), event / self.count)
