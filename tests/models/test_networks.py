@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import cpd
 from cpd import costs, models
 from cpd.cli.models import Source
 from cpd.errors import ArtefactError, InputError
 from cpd.models import SHELF, names, official
+from cpd.tasks import Segmentation
 from laws import randomised
 
 MILLION, BILLION = 1e6, 1e9
@@ -90,6 +92,27 @@ def test_resolutions() -> None:
     found = small_upernet().eval()(images)
     assert found["out"].shape == (2, 11, 24, 16)
     assert found["aux"].shape == (2, 11, 2, 2) or found["aux"].shape == (2, 11, 3, 2)
+
+
+@pytest.mark.parametrize("sides", [(64, 43), (43, 64), (32, 43), (16, 16), (9, 70)])
+def test_images_that_patches_do_not_fill(sides: tuple[int, int]) -> None:
+    """As whole validation images are: padded, and the logits lie on the image."""
+    model = small_upernet().eval()
+    high, wide = sides
+    images = torch.randn(1, 3, high, wide)
+    filled = [-(-side // 16) * 16 for side in sides]
+    padded = torch.zeros(1, 3, *filled)
+    padded[..., :high, :wide] = images
+    found, whole = model(images), model(padded)
+    for name in ("out", "aux"):
+        expected = whole[name]
+        if filled != list(sides):
+            expected = F.interpolate(whole[name], size=filled, mode="bilinear")
+        torch.testing.assert_close(found[name], expected[..., :high, :wide])
+    labels = torch.randint(0, 11, (1, 2 * high, 2 * wide))
+    assert Segmentation().loss(found, labels).isfinite()
+    windows = Segmentation(window=24, stride=10).infer(model, images)
+    assert Segmentation().loss(windows, labels).isfinite()
 
 
 def test_without_the_auxiliary_head() -> None:
@@ -251,8 +274,9 @@ def test_seaformer_can_be_cut_everywhere() -> None:
     assert not stuck(groups) - {"stem.conv.weight", "head.classifier.weight"}
 
 
-def test_upernet_can_be_cut_everywhere() -> None:
-    groups, plan = proved(small_upernet(), torch.randn(2, 3, 64, 64), "macs=0.4")
+@pytest.mark.parametrize("wide", [64, pytest.param(43, marks=pytest.mark.slow)])
+def test_upernet_can_be_cut_everywhere(wide: int) -> None:
+    groups, plan = proved(small_upernet(), torch.randn(2, 3, 64, wide), "macs=0.4")
     kinds = {family.kind for group in groups for family in group.families}
     assert kinds == {"channels", "head dims", "heads"}
     narrowed = {width.group for width in plan.widths if width.after < width.before}
