@@ -22,6 +22,7 @@ from cpd.losses import resolve
 from cpd.report import Measures, Report
 from cpd.study import Costs, Outcome, Study, records, run, table, write
 from cpd.study.figures import bars, curves, knee
+from recipe import options_exist, teacher_of
 
 RECIPES = house.ROOT / "recipes"
 STUDIES = sorted([*(RECIPES / "study").glob("*[0-9].yaml"), *RECIPES.glob("paper/table?.yaml")])
@@ -300,9 +301,12 @@ def test_there_is_a_study_for_every_table_and_figure() -> None:
 def test_every_cell_of_a_recipe_can_run(path: Path) -> None:
     study = Study.of(read(path), lambda name: read(path.parent / name))
     for cell in study.cells():
-        values = {k: v for k, v in cell.values.items() if k != "teacher"}
+        values = {**cell.values, "teacher": "self"}
+        teacher = teacher_of(cell.values.get("teacher", "self"))
         source, keywords = settle(values)
-        config = CompressConfig.of(**keywords)
+        config = CompressConfig.of(**{**keywords, "teacher": teacher})
+        if isinstance(cell.values["data"], str | dict):
+            options_exist(cell.values["data"])
         with torch.device("meta"):
             modules = dict(source(**config.model_args).named_modules())
         assert set(resolve(config.losses).points) <= set(modules)
