@@ -304,3 +304,25 @@ def test_imagenet_faults(net: Path) -> None:
         found.train.check()  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="needs the option 'root'"):
         data.resolve("imagenet")
+
+
+# sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (ade20k, {"size": (512, 512)}, r"^size must be a whole number of pixels, .*\(512, 512\)"),
+        (ade20k, {"size": 0}, "^size must be .* at least 1; got 0"),
+        (ade20k, {"scale": 20.5}, "^scale must be"),
+        (cityscapes, {"size": 512}, r"^size must be \(height, width\) of the .* got 512"),
+        (cityscapes, {"size": (512, "a")}, "^width must be"),
+        (cityscapes, {"size": (1, 2, 3)}, "^size must be"),
+        (imagenet, {"size": "224"}, "^size must be"),
+        (imagenet, {"resize": -1}, "^resize must be"),
+        (imagenet, {"size": 384}, "^resize must be at least size.*256 < 384"),
+    ],
+)
+def test_sizes_that_are_none(make: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        make("nowhere", **options)
