@@ -219,6 +219,25 @@ def test_there_are_recipes():
     assert {path.name for path in RECIPES} >= {"demo.yaml", "digits-resnet.yaml"}
 
 
+def test_a_network_of_torchvision_downloads_no_backbone(monkeypatch):
+    def never(*args, **more):
+        raise AssertionError("something is downloaded")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", never)
+    with torch.device("meta"):
+        made = Source("torchvision:deeplabv3_mobilenet_v3_large", {"num_classes": 3})()
+    assert made.classifier[-1].out_channels == 3
+
+
+def test_heads_of_transformers():
+    tiny = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_hidden_size": 8}
+    names = {"architectures": ["SegformerForSemanticSegmentation"]}
+    with torch.device("meta"):
+        plain, asked = (Source("hf:segformer", {**tiny, **more})() for more in ({}, names))
+    assert type(plain).__name__ == "SegformerForImageClassification"
+    assert type(asked).__name__ == "SegformerForSemanticSegmentation"
+
+
 # --- the commands
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import cpd
 from cpd import errors
 from cpd.compress import CompressConfig, compress
-from cpd.distill import LoopOptions, TrainOptions, read
+from cpd.distill import Batches, Loop, LoopOptions, TrainOptions, read
 from test_distill import launched
 from two_processes import Split, network
 
@@ -396,6 +396,48 @@ def test_the_first_step_is_not_taken_for_a_target_out_of_reach():
             normed(), **keywords(base=base, target="macs=0.001"), callbacks=(Break("base", 1),)
         )
     assert 0 < caught.value.closest["macs"] < 1
+
+
+def wider():
+    """Another network of the task: its stem has other channels than the student's."""
+    return nn.Sequential(nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Flatten(), nn.Linear(20 * 64, 4))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "losses", "text"),
+    [
+        ("self", {"inner": {"at": "sidee"}}, "sidee"),
+        ("self", {"inner": {"at": "stem.0", "axis": 7}}, "axis 7"),
+        (wider(), {"inner": {"at": "stem"}}, "unknown module of Sequential 'stem'"),
+        (normed(), {"inner": {"at": "sidee"}}, "did you mean 'side'"),
+        (normed(), {"mgd": {"at": "head", "axis": 5}}, "axis 5"),
+    ],
+)
+def test_losses_that_cannot_be_attached_are_met_before_the_base_is_trained(teacher, losses, text):
+    base = {"epochs": 1, "optimizer": SGD}
+    given = keywords(base=base, teacher=teacher, losses=losses)
+    with pytest.raises(errors.CPDError, match=text):
+        compress(normed(), **given, callbacks=(Break("base", 1),))
+
+
+def test_networks_are_measured_with_the_workers_of_the_recovery(monkeypatch):
+    from cpd.compress import measure
+
+    asked = []
+
+    def noting(*args, **more):
+        asked.append((args[1], more["workers"]))
+        return Batches(*args, **{**more, "workers": 0})
+
+    monkeypatch.setattr(measure, "Batches", noting)
+    monkeypatch.setattr(Loop, "_batches", unhurried)
+    recover = {"batch_size": 10, "workers": 3, "epochs": 0}
+    compress(normed(), **keywords(recover=recover, events=1, interval=1))
+    assert asked == [(10, 3)] * 2
+
+
+def unhurried(loop, source, *, train):
+    return Batches(source, loop.options.batch_size, loop.seed, train=train)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint(tmp_path):

@@ -254,6 +254,15 @@ def test_run_goes_on_where_a_phase_counts_from_the_start() -> None:
     assert phases == [("base", 0, 39), ("prune", 39, 78), ("recover", 78, 117)]
 
 
+def test_run_does_not_draw_every_class() -> None:
+    classes = {f"iou_{number}": 0.5 for number in range(150)}
+    told = [{"phase": "prune", "step": step, "miou": 0.5, **classes} for step in (1, 2)]
+    figure = plots.run_figure(told, ["miou", *classes], {})
+    assert figure is not None
+    assert [line.get_label() for line in figure.axes[0].lines] == ["miou"]
+    ElementTree.fromstring(plots.run(told, ["miou", *classes], {}))  # whose legend would not fit
+
+
 def test_run_draws_only_what_there_is() -> None:
     figure = plots.run_figure(history(), ["top1"], {"macs": 1000, "params": None})
     assert figure is not None

@@ -22,6 +22,7 @@ from cpd.losses import resolve
 from cpd.report import Measures, Report
 from cpd.study import Costs, Outcome, Study, records, run, table, write
 from cpd.study.figures import bars, curves, knee
+from recipe import options_exist, teacher_of
 
 RECIPES = house.ROOT / "recipes"
 STUDIES = sorted([*(RECIPES / "study").glob("*[0-9].yaml"), *RECIPES.glob("paper/table?.yaml")])
@@ -197,6 +198,52 @@ def test_costs_alone(tmp_path: Path) -> None:
     assert not run(study, settle, minutes=-1.0)[0].report, "costs are no training"
 
 
+def counted(monkeypatch: Any) -> list[str]:
+    """The targets for which costs were measured; nothing is measured."""
+    asked: list[str] = []
+
+    def costed(source: Any, config: CompressConfig, **_: Any) -> Report:
+        asked.append(config.target)
+        return Report(Measures({}, 100, 1000), Measures({}, 50, 500))
+
+    monkeypatch.setitem(run.__globals__, "costed", costed)
+    return asked
+
+
+def test_costs_of_equal_cells_are_measured_once(tmp_path: Path, monkeypatch: Any) -> None:
+    asked = counted(monkeypatch)
+    axes = {
+        "loss": {name: {"losses": name} for name in ("kd", "cwd", "dist")},
+        "size": {"half": {}, "most": {"target": "macs=0.8"}},
+    }
+    study = grid(tmp_path, axes=axes, over=None, input_shape=[3, 16, 16])
+    found = run(study, settle, costs=Costs())
+    assert asked == ["macs=0.5", "macs=0.8"]
+    assert all(outcome.report is not None for outcome in found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"measure": "eager"},
+        {"keep": {"0": "all"}},
+        {"uniform": True},
+        {"strategy": "greedy"},
+        {"input_shape": [3, 32, 32]},
+    ],
+)
+def test_costs_of_another_cut_are_measured_anew(
+    tmp_path: Path, monkeypatch: Any, changes: dict[str, Any]
+) -> None:
+    asked = counted(monkeypatch)
+    axes = {"size": {"half": {}}}
+    shape = changes.pop("input_shape", [3, 16, 16])
+    for values, sides in (({}, [3, 16, 16]), ({}, [3, 16, 16]), (changes, shape)):
+        study = grid(tmp_path, recipe={**RECIPE, **values}, axes=axes, over=None, input_shape=sides)
+        run(study, settle, costs=Costs())
+    assert len(asked) == 2
+
+
 # the page ----------------------------------------------------------------------------------------
 
 
@@ -300,9 +347,12 @@ def test_there_is_a_study_for_every_table_and_figure() -> None:
 def test_every_cell_of_a_recipe_can_run(path: Path) -> None:
     study = Study.of(read(path), lambda name: read(path.parent / name))
     for cell in study.cells():
-        values = {k: v for k, v in cell.values.items() if k != "teacher"}
+        values = {**cell.values, "teacher": "self"}
+        teacher = teacher_of(cell.values.get("teacher", "self"))
         source, keywords = settle(values)
-        config = CompressConfig.of(**keywords)
+        config = CompressConfig.of(**{**keywords, "teacher": teacher})
+        if isinstance(cell.values["data"], str | dict):
+            options_exist(cell.values["data"])
         with torch.device("meta"):
             modules = dict(source(**config.model_args).named_modules())
         assert set(resolve(config.losses).points) <= set(modules)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cpd import data
+from cpd import _torchvision, data
 from cpd.data import ade20k, cityscapes, imagenet
+from cpd.data._augment import distortion
 from cpd.data._files import MEAN, STD
 from cpd.distill import Batches, examples
 from cpd.errors import InputError
@@ -108,6 +109,44 @@ def test_what_a_crop_lacks_is_mean_colour_and_no_class(ade: Path) -> None:
     border = outside.all(0)
     assert border.any()
     assert image[:, :, border].abs().max() < 0.7  # colours are distorted after padding
+
+
+def test_colours_are_distorted_not_exchanged() -> None:
+    _torchvision.ensure()
+    from torchvision import tv_tensors
+
+    distort = distortion()
+    ramp = torch.arange(256, dtype=torch.uint8).expand(3, 4, 256)
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 4, 4)
+    torch.manual_seed(0)
+    changed = 0
+    for _ in range(60):
+        grey = distort(tv_tensors.Image(ramp)).float()
+        assert (grey - grey.mean(0)).abs().max() <= 2, "grey has no colour that could change"
+        changed += int(not torch.equal(grey, ramp.float()))
+        found = distort(tv_tensors.Image(red)).float().mean((1, 2))
+        assert found.argmax() == 0
+    assert changed > 30
+
+
+def test_a_flip_moves_image_and_labels_together(tmp_path: Path) -> None:
+    left = np.zeros((40, 40), dtype=np.uint8)
+    left[:, :20] = 1
+    for part in ("training", "validation"):
+        save(tmp_path / "images" / part / "a.png", left[..., None].repeat(3, 2) * 255)
+        save(tmp_path / "annotations" / part / "a.png", left + 1)
+    part: Any = ade20k(str(tmp_path), 16, scale=40).train
+    torch.manual_seed(0)
+    found = set()
+    for _ in range(40):
+        image, labels = part[0]
+        bright = image.mean(0)
+        first, last = labels[:, 0].unique().tolist(), labels[:, -1].unique().tolist()
+        known = [column for column in (first, last) if column != [255]]
+        found.add(tuple(map(tuple, known)))
+        if {1, 0} <= set(labels.unique().tolist()):
+            assert bright[labels == 1].median() > bright[labels == 0].median() + 1
+    assert {((0,), (1,)), ((1,), (0,))} <= found
 
 
 def test_the_loop_seeds_augmentation(ade: Path) -> None:
@@ -265,3 +304,25 @@ def test_imagenet_faults(net: Path) -> None:
         found.train.check()  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="needs the option 'root'"):
         data.resolve("imagenet")
+
+
+# sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (ade20k, {"size": (512, 512)}, r"^size must be a whole number of pixels, .*\(512, 512\)"),
+        (ade20k, {"size": 0}, "^size must be .* at least 1; got 0"),
+        (ade20k, {"scale": 20.5}, "^scale must be"),
+        (cityscapes, {"size": 512}, r"^size must be \(height, width\) of the .* got 512"),
+        (cityscapes, {"size": (512, "a")}, "^width must be"),
+        (cityscapes, {"size": (1, 2, 3)}, "^size must be"),
+        (imagenet, {"size": "224"}, "^size must be"),
+        (imagenet, {"resize": -1}, "^resize must be"),
+        (imagenet, {"size": 384}, "^resize must be at least size.*256 < 384"),
+    ],
+)
+def test_sizes_that_are_none(make: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        make("nowhere", **options)

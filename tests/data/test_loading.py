@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
+import pytest
 import torch
 
 from cpd.data import scenes
@@ -22,6 +24,13 @@ def test_workers_stay_and_see_every_epoch() -> None:
         assert iterator is not None
         processes.add(iterator._workers[0].pid)  # type: ignore[attr-defined]
     assert len(processes) == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_memory_is_pinned_where_an_accelerator_is(monkeypatch: Any, there: bool) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    _, loader = Batches(scenes(train=2, val=1, test=1).train, 2, seed=0)._loader
+    assert loader.pin_memory is there
 
 
 def test_an_epoch_broken_off_leaves_nothing_behind() -> None:

@@ -15,6 +15,8 @@ from cpd import losses, tasks
 from cpd.cli.models import Source, named
 from cpd.compress import CompressConfig
 from cpd.distill.optim import try_out
+from cpd.errors import InputError, UnknownName
+from recipe import options_exist, teacher_of
 
 RECIPES = sorted((house.ROOT / "recipes" / "paper").glob("*-*.yaml"))
 
@@ -34,9 +36,9 @@ def test_every_table_has_its_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_can_run(path: Path) -> None:
     recipe = read(path)
-    teacher = recipe.pop("teacher")
-    teacher = "self" if teacher == "self" else torch.nn.Identity()
+    teacher = teacher_of(recipe.pop("teacher"))
     config = CompressConfig.of(**recipe, teacher=teacher)
+    options_exist(config.data)
     resolved = losses.resolve(config.losses)
     task = tasks.resolve(config.task)
     assert config.bench.runs >= 1000
@@ -44,10 +46,20 @@ def test_a_recipe_can_run(path: Path) -> None:
     assert task.primary == ("top1" if "classification" in recipe["task"] else "miou")
     with torch.device("meta"):
         model = Source(recipe["model"], recipe.get("model_args", {}))()
-    modules = dict(model.named_modules())
-    assert set(resolved.points) <= set(modules)
+    for network in (model, teacher):
+        if isinstance(network, torch.nn.Module):
+            assert set(resolved.points) <= set(dict(network.named_modules()))
     for stage in (config.prune, config.recover):
         try_out(torch.nn.Linear(1, 1), stage.optimizer, stage.schedule)
+
+
+def test_what_these_tests_find() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'size'"):
+        options_exist({"ade20k": {"root": "nowhere", "sice": 512}})
+    with pytest.raises(UnknownName, match="did you mean 'upernet_deit_b'"):
+        teacher_of({"cpd:upernet_deit_bb": {"weights": "a.safetensors"}})
+    with pytest.raises(InputError, match="num_clases"):
+        teacher_of({"cpd:upernet_deit_b": {"weights": "a.safetensors", "num_clases": 150}})
 
 
 def test_a_teacher_of_its_own_comes_with_its_weights(tmp_path: Path) -> None:

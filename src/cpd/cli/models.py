@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from cpd.errors import InputError, UnknownName
 
 __all__ = ["Source", "imported", "named"]
 
+HEADS = ("SemanticSegmentation", "ImageClassification", "SequenceClassification")  # of transformers
 FORMS = "timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable"
 
 
@@ -119,6 +121,8 @@ def _from_torchvision(name: str, args: dict[str, Any]) -> nn.Module:
 
     if name not in models.list_models():
         raise _unknown("torchvision", name, models.list_models())
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        args = {"weights_backbone": None, **args}  # else ImageNet's are downloaded
     made: nn.Module = models.get_model(name, **args)
     return made
 
@@ -132,7 +136,11 @@ def _unknown(library: str, name: str, valid: list[str]) -> UnknownName:
 
 
 def _from_hf(name: str, args: dict[str, Any]) -> nn.Module:
-    """A network of random weights: from a kind of model, a file, or a hub's OWNER/NAME."""
+    """A network of random weights: from a kind of model, a file, or a hub's OWNER/NAME.
+
+    It is a classifier where there is one, unless ``architectures`` of the configuration names
+    another of ``HEADS``.
+    """
     _torchvision.ensure()
     import transformers
 
@@ -146,9 +154,12 @@ def _from_hf(name: str, args: dict[str, Any]) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(name, **args)
         except OSError as error:
             raise InputError(f"cannot read the configuration hf:{name}: {error}") from error
-    for head in ("ImageClassification", "SequenceClassification"):
+    said = getattr(config, "architectures", None) or ()
+    for head in HEADS:
         shelf = getattr(transformers, f"MODEL_FOR_{_snake(head)}_MAPPING")
-        if type(config) in shelf:
+        there = type(config) in shelf
+        asked = there and getattr(shelf[type(config)], "__name__", "") in said
+        if asked or (there and head.endswith("Classification")):
             made: nn.Module = getattr(transformers, f"AutoModelFor{head}").from_config(config)
             return made
     plain: nn.Module = transformers.AutoModel.from_config(config)

@@ -77,9 +77,15 @@ def _counted(run: Run, network: nn.Module) -> dict[str, Any]:
 def _batches(run: Run, source: Any) -> Batches:
     from accelerate import PartialState
 
-    state, size = PartialState(), run.config.recover.batch_size
+    state, stage = PartialState(), run.config.recover
     return Batches(
-        source, size, seed=0, train=False, rank=state.process_index, world=state.num_processes
+        source,
+        stage.batch_size,
+        seed=0,
+        train=False,
+        workers=stage.workers,
+        rank=state.process_index,
+        world=state.num_processes,
     )
 
 

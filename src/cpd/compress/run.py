@@ -32,7 +32,7 @@ from cpd.distill import (
     keep_batch,
     snapshot,
 )
-from cpd.distill.batches import Batches, unpack
+from cpd.distill.batches import Batches, to_device, unpack
 from cpd.distill.callbacks import Callbacks
 from cpd.distill.optim import try_out
 from cpd.distill.teacher import digest
@@ -207,10 +207,30 @@ class Run:
             groups, equal, config.schedule.target_at(config.schedule.count), **config.choice
         )
         self.groups = groups
-        self._kept(plan)  # a point that a loss cannot look at is met here too
+        kept = self._kept(plan)  # a point that a loss cannot look at is met here too
+        if config.base is not None and not self.past("base"):
+            self._attachable(kept)
         if self.journal.resumed is None:
             self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
         return groups
+
+    def _attachable(self, kept: loss_shelf.Kept) -> None:
+        """Bind the losses once, to copies: what fails would do so only after the base is trained.
+
+        Raises what ``attach`` raises.
+        """
+        other = self.model if self.config.teacher == "self" else self.teacher
+        if other is None:
+            return
+        student, teacher = (copy.deepcopy(each).to(self.home) for each in (self.model, other))
+        loss_shelf.attach(
+            self.losses,
+            student,
+            teacher,
+            inputs=lambda: to_device(examples(self.data.train), self.home),
+            logits=self.task.logits,
+            kept=kept,
+        )
 
     def base(self) -> nn.Module:
         """The unpruned network: as given, or trained first. It also becomes the teacher."""

@@ -10,7 +10,7 @@ import torch
 from cpd import _torchvision
 from cpd.data._files import MEAN, STD
 
-__all__ = ["IGNORED", "training", "whole"]
+__all__ = ["IGNORED", "distortion", "training", "whole"]
 
 IGNORED = 255
 _TRIES = 10
@@ -31,7 +31,7 @@ def training(scale: tuple[int, int], crop: tuple[int, int], *, most: float = 0.7
 
     fill = {tv_tensors.Image: [round(255 * m) for m in MEAN], tv_tensors.Mask: IGNORED}
     pad = v2.RandomCrop(crop, pad_if_needed=True, fill=fill)
-    after = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort(), *_values(v2)])
+    after = v2.Compose([v2.RandomHorizontalFlip(), distortion(), *_values(v2)])
 
     def transform(image: Any, labels: Any) -> tuple[Any, Any]:
         ratio = float(torch.empty(()).uniform_(0.5, 2.0))
@@ -44,6 +44,20 @@ def training(scale: tuple[int, int], crop: tuple[int, int], *, most: float = 0.7
         return made
 
     return transform
+
+
+def distortion() -> Any:
+    """Brightness, contrast, saturation and hue at random, as in MMSegmentation.
+
+    torchvision's transform is that of SSD, which also permutes the colours; here they stay.
+    """
+    from torchvision.transforms import v2
+
+    class Distortion(v2.RandomPhotometricDistort):
+        def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+            return {**super().make_params(flat_inputs), "channel_permutation": None}
+
+    return Distortion()
 
 
 def whole(scale: tuple[int, int]) -> Transform:

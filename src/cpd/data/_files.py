@@ -13,10 +13,18 @@ from torch.utils.data import Dataset, Subset
 from cpd import _torchvision
 from cpd.errors import InputError
 
-__all__ = ["MEAN", "STD", "Pairs", "held_out", "listed", "photo", "under"]
+__all__ = ["MEAN", "STD", "Pairs", "held_out", "listed", "photo", "pixels", "under"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in [0, 1]
 PHOTOS = (".jpg", ".jpeg", ".png")
+
+
+def pixels(**sides: Any) -> None:
+    """InputError, which names the option, for a side that is no whole number of at least 1."""
+    for name, side in sides.items():
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+            text = f"{name} must be a whole number of pixels, at least 1; got {side!r}."
+            raise InputError(text)
 
 
 def under(root: str | Path, *parts: str) -> Path:

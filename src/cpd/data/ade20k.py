@@ -8,7 +8,7 @@ import torch
 
 from cpd.data._augment import IGNORED, training, whole
 from cpd.data._data import Data
-from cpd.data._files import Pairs, held_out, listed, under
+from cpd.data._files import Pairs, held_out, listed, pixels, under
 from cpd.errors import InputError
 
 __all__ = ["ade20k"]
@@ -21,19 +21,23 @@ def ade20k(root: str, size: int = 512, *, scale: int = 2048, hold_out: int = 0) 
 
     root: holds images/training, images/validation, annotations/training, annotations/validation;
         each image *.jpg has an annotation *.png of its name with 0 for none and 1 … 150.
-    size: side of the training crops, and shorter side of validation images. scale: longest side.
+    size: side of the training crops, and shorter side of images at ratio 1 and of validation
+        images. scale: the longest side allowed; images that would be longer become smaller.
     hold_out: training images taken out for decisions; 0: the validation part decides.
 
-    Training: scaled by 0.5 to 2, cropped (no class over 75 %), flipped, colours distorted.
+    Training: scaled by 0.5 to 2, cropped (the first of at most ten crops without a class over
+    75 %, or the last), flipped, colours distorted.
     Validation: whole images fitted into (scale, size), labels at their own size; samples differ in
     size, so they come one by one.
 
-    Raises InputError for folders and partners that are missing, and later, when a file is read, for
-    one that does not fit; ``check()`` of a part reads them all. Needs torchvision.
+    Raises InputError for sizes that are none, for folders and partners that are missing, and later,
+    when a file is read, for one that does not fit; ``check()`` of a part reads them all. Needs
+    torchvision.
 
     Source: B. Zhou, H. Zhao, X. Puig, S. Fidler, A. Barriuso, A. Torralba, "Scene Parsing through
     ADE20K Dataset", CVPR 2017.
     """
+    pixels(size=size, scale=scale)
     table = torch.full((256,), -1, dtype=torch.int64)
     table[0] = IGNORED
     table[1 : _CLASSES + 1] = torch.arange(_CLASSES)

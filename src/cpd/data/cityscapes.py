@@ -8,7 +8,7 @@ import torch
 
 from cpd.data._augment import IGNORED, training, whole
 from cpd.data._data import Data
-from cpd.data._files import Pairs, held_out, listed, under
+from cpd.data._files import Pairs, held_out, listed, pixels, under
 from cpd.errors import InputError
 
 __all__ = ["cityscapes"]
@@ -33,13 +33,17 @@ def cityscapes(
 
     Training and validation as ``ade20k``; validation images are whole, 1024 x 2048 at scale 2048.
 
-    Raises InputError for folders and partners that are missing, and later, when a file is read, for
-    one that does not fit; ``check()`` of a part reads them all. Needs torchvision.
+    Raises InputError for sizes that are none, for folders and partners that are missing, and later,
+    when a file is read, for one that does not fit; ``check()`` of a part reads them all. Needs
+    torchvision.
 
     Source: M. Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR
     2016.
     """
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise InputError(f"size must be (height, width) of the training crops, got {size!r}.")
     high, wide = size
+    pixels(height=high, width=wide, scale=scale)
     files = {part: _partners(root, part) for part in ("train", "val")}
     named = {
         annotation.name.endswith(_TRAIN_IDS) for pairs in files.values() for _, annotation in pairs

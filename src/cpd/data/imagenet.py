@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from cpd import _torchvision
 from cpd.data._data import Data
-from cpd.data._files import MEAN, STD, held_out, listed, photo, under
+from cpd.data._files import MEAN, STD, held_out, listed, photo, pixels, under
 from cpd.errors import InputError
 
 __all__ = ["Photos", "imagenet"]
@@ -52,11 +52,15 @@ def imagenet(root: str, size: int = 224, *, resize: int = 256, hold_out: int = 0
     Training: a crop of 8 to 100 % of the area with sides of 3:4 to 4:3, flipped. Validation: the
     central crop.
 
-    Raises InputError for folders that are missing or differ, and later for a file that cannot be
-    read; ``check()`` of a part reads them all. Needs torchvision.
+    Raises InputError for sizes that are none, for folders that are missing or differ, and later for
+    a file that cannot be read; ``check()`` of a part reads them all. Needs torchvision.
 
     Source: O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015.
     """
+    pixels(size=size, resize=resize)
+    if resize < size:
+        text = f"resize must be at least size, or the central crop is padded: {resize} < {size}."
+        raise InputError(text)
     _torchvision.ensure()
     from torchvision.transforms import v2
 

@@ -57,7 +57,10 @@ CONFIGS = {
 
 
 class Backbone(nn.Module):
-    """Images (N, 3, H, W) → the maps (N, C, H / patch, W / patch) after some of the blocks."""
+    """Images (N, 3, H, W) → the maps (N, C, H / patch, W / patch) after some of the blocks.
+
+    Where patches do not fill the image, mean colour is added below and on the right.
+    """
 
     body: Any
 
@@ -73,6 +76,7 @@ class Backbone(nn.Module):
             num_classes=0,
             global_pool="",
             dynamic_img_size=True,
+            dynamic_img_pad=True,
             drop_path_rate=config.drop_path,
             **(config.options or {}),
         )
@@ -80,6 +84,7 @@ class Backbone(nn.Module):
             self.body.norm = nn.Identity()
         self.taken = tuple(config.taken)
         self.width = int(self.body.embed_dim)
+        self.patch: tuple[int, int] = self.body.patch_embed.patch_size
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         body = self.body
@@ -113,9 +118,17 @@ class Neck(nn.Module):
         ):
             x = lateral(x)
             if scale != 1:
-                x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+                # By the scale, as the published weights were trained; by the size where it is none.
+                fits = min(x.shape[-2:]) * scale >= 1
+                to: dict[str, Any] = {"scale_factor": scale} if fits else {"size": _least(x, scale)}
+                x = F.interpolate(x, **to, mode="bilinear", align_corners=False)
             found.append(conv(x))
         return found
+
+
+def _least(x: torch.Tensor, scale: float) -> list[int]:
+    """The scaled size of maps that are so small that a side would vanish."""
+    return [max(1, int(side * scale)) for side in x.shape[-2:]]
 
 
 class Pyramid(nn.Module):
@@ -182,6 +195,9 @@ class AuxiliaryHead(nn.Sequential):
 class UPerNet(nn.Module):
     """Images (N, 3, H, W) → logits (N, classes, H / 4, W / 4) for patches of 16.
 
+    Images that patches do not fill are padded, and their logits come as (N, classes, H, W): at any
+    coarser resolution they would not lie on the image exactly.
+
     With an auxiliary head the output is the mapping {"out": logits, "aux": its logits}, in training
     and in evaluation: what is combed is what is trained.
     """
@@ -203,10 +219,19 @@ class UPerNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the logits, or both in a mapping."""
         levels = self.neck(self.backbone(x))
-        logits: torch.Tensor = self.head(levels)
+        logits = self._within(self.head(levels), x)
         if self.auxiliary is None:
             return logits
-        return {"out": logits, "aux": self.auxiliary(levels[-1])}
+        return {"out": logits, "aux": self._within(self.auxiliary(levels[-1]), x)}
+
+    def _within(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Logits without those of the padding, where there is any."""
+        sides, patch = x.shape[-2:], self.backbone.patch
+        filled = [-(-side // each) * each for side, each in zip(sides, patch, strict=True)]
+        if filled == list(sides):
+            return logits
+        fine = F.interpolate(logits, size=filled, mode="bilinear", align_corners=False)
+        return fine[..., : sides[0], : sides[1]]
 
 
 def _initialise(part: nn.Module | None) -> None:
@@ -227,8 +252,9 @@ def upernet(
 ) -> UPerNet:
     """Return a UPerNet. Needs timm.
 
-    size: "deit_t", "deit_s", "deit_b" or "vit_b". auxiliary: with the auxiliary head, which is left
-    out for deployment. changes: fields of ``Config`` that shall differ.
+    size: "deit_t", "deit_s", "deit_b" or "vit_b". auxiliary: with the auxiliary head, whose logits
+    come beside the others in evaluation, too, and in what is exported; without it a network has the
+    same other tensors. changes: fields of ``Config`` that shall differ.
     """
     return UPerNet(replace(CONFIGS[size], **changes), num_classes, in_chans, auxiliary=auxiliary)
 

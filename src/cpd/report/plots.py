@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 _NAME_LENGTH = 44
+_OF_A_CLASS = re.compile(r"_\d+$")
 _SERIES = (AFTER, THIRD, ACCENT, SOFT)
 
 
@@ -60,6 +62,7 @@ def run(
     """Metrics, loss and cost over the steps of a run, prunings marked; "" where nothing is drawn.
 
     ``metrics`` names the keys of ``history`` to draw, ``before`` has the costs that are 100 %.
+    Metrics of single classes, "iou_0" to "iou_149", are left out: nobody could tell them apart.
     """
     figure = run_figure(history, metrics, before)
     return "" if figure is None else _svg(figure, "run")
@@ -110,7 +113,8 @@ def run_figure(
 
     steps = _steps(history)
     losses = {"loss": _series(history, steps, "loss")}
-    scores = {name: _series(history, steps, name) for name in metrics}
+    overall = [name for name in metrics if not _OF_A_CLASS.search(name)]
+    scores = {name: _series(history, steps, name) for name in overall}
     costs = {name: _relative(_series(history, steps, name), base) for name, base in before.items()}
     panels = [("accuracy", scores), ("loss", losses), ("cost, % of before", costs)]
     drawn = [(title, {k: v for k, v in named.items() if v[0]}) for title, named in panels]

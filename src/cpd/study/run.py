@@ -35,7 +35,18 @@ _OF_COSTS = (
     "depth",
     "bench",
 )
-_OF_CHOICE = ("strategy", "ranking", "multiple_of", "min_keep", "limits", "unreachable", "seed")
+_OF_CHOICE = (
+    "strategy",
+    "ranking",
+    "multiple_of",
+    "measure",
+    "min_keep",
+    "limits",
+    "keep",
+    "uniform",
+    "unreachable",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,10 @@ def run(
     for number, cell in enumerate(cells):
         late = minutes is not None and monotonic() - begun > 60 * minutes
         out = any(cell.place[axis] != level for axis, level in wanted.items())
-        if found[number].report is not None or late or out:
+        # Looked up again: an equal cell before it, or another process, may have run it since.
+        report = found[number].report or _done(study, cell, costs is not None)
+        found[number] = Outcome(cell, report)
+        if report is not None or late or out:
             continue
         if told is not None:
             told(found, cell.name)
@@ -123,7 +137,11 @@ def _levels(study: Study, only: Mapping[str, Any]) -> dict[str, str]:
 def _place(study: Study, cell: Cell, *, cost_only: bool) -> Path:
     if not cost_only:
         return study.folder / study.address(cell.values)
-    return study.folder / f"costs-{study.address(cell.values, *_OF_COSTS, *_OF_CHOICE)}"
+    values = dict(cell.values)
+    if study.input_shape is not None:
+        values["input_shape"] = study.input_shape
+    address = study.address(values, *_OF_COSTS, *_OF_CHOICE, "input_shape")
+    return study.folder / f"costs-{address}"
 
 
 def _done(study: Study, cell: Cell, cost_only: bool) -> Report | None:
