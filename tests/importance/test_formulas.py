@@ -54,6 +54,31 @@ def test_hessian_of_tokens_by_the_paper_and_mended() -> None:
     torch.testing.assert_close(mended, (read.square() / (4 * 3)).detach())
 
 
+def test_hessian_of_fused_rows_squares_each_row() -> None:
+    """Thirds of queries and keys, gates of a recurrent layer: squared by rows, then summed."""
+    model, groups, x = network("tokens"), combed("tokens"), images()
+    loss(model, x).backward()
+    (rows,) = (m.channel for m in groups["qkv"].members if m.tensor == "qkv.weight")
+    index, size = torch.from_numpy(rows.reshape(-1)), groups["qkv"].size
+    parts = [
+        (model.qkv.weight * model.qkv.weight.grad).sum(1),
+        model.qkv.bias * model.qkv.bias.grad,
+    ]
+    total = torch.zeros(size, dtype=torch.float64)
+    for part in parts:  # 2 members, 1 reader
+        total.index_add_(0, index, part.detach().square() / (36 * 24) / 2 / 3)
+    torch.testing.assert_close(score("hessian", model, groups)["qkv"], total)
+    model, groups = network("words"), combed("words")
+    loss(model, x).backward()
+    made = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    total = torch.zeros(5, dtype=torch.float64)
+    for parameter in (getattr(model.gru, name) for name in made):
+        change = (parameter * parameter.grad).detach().reshape(3, 5, -1).sum(2)
+        total += change.square().sum(0)
+    found = score("hessian", model, groups)["gru"]
+    torch.testing.assert_close(found / found.sum(), total / total.sum())
+
+
 def masked_gradient(
     model: nn.Module, x: torch.Tensor, places: list[tuple[nn.Module, str, int]], size: int
 ) -> torch.Tensor:

@@ -12,23 +12,12 @@ from torch import nn
 
 import cpd
 from cpd.errors import InputError, MissingGradient, UnknownName
-from cpd.importance import SHELF, collect, resolve, score
+from cpd.importance import collect, resolve, score
 from cpd.importance._members import covered
 from cpd.importance.hutchinson import Hutchinson
 from importance.networks import NETWORKS, collected, combed, images, loss, network
+from importance.specs import VARIANTS
 
-VARIANTS: list[Any] = [
-    *SHELF,
-    {"hessian": {"mended": True}},
-    {"taylor": {"multivariable": False, "members": "all"}},
-    {"magnitude": {"p": 1, "aggregate": "max"}},
-    {"fpgm": {"members": "all"}},
-    {"variance": {"weighted": True}},
-    {"activation": {"statistic": "rms"}},
-    {"activation": {"statistic": "active"}},
-    {"hutchinson": {"kind": "diagonal", "members": "all"}},
-    {"kfac": {"members": "out", "normalise": "max"}},
-]
 WEIGHTS = ("bn_scale", "fpgm", "lamp", "magnitude", "random")  # nothing flows
 
 
