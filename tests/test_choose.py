@@ -102,7 +102,7 @@ def test_several_budgets_are_met_closely_and_what_decides_is_said() -> None:
         ({"macs": 0.9, "params": 0.4, "memory": 0.8}, "params"),
         ({"macs": 0.9, "params": 0.9, "memory": 0.5}, "memory"),
     ):
-        for strategy in ("oneshot", "greedy"):
+        for strategy in ("oneshot", "greedy", "knapsack"):
             plan = cpd.choose(groups, random_scores(groups, 0), target, strategy=strategy)
             used = {k: plan.costs[k][1] / (v * plan.costs[k][0]) for k, v in target.items()}
             assert max(used.values()) == used[tight] <= 1

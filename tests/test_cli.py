@@ -15,6 +15,7 @@ from cpd.cli import main
 from cpd.cli.flags import parser, settings
 from cpd.cli.models import Source, named
 from cpd.compress import CompressConfig
+from cpd.plan import Plan
 
 RECIPES = sorted((house.ROOT / "recipes").glob("*.yaml"))
 
@@ -403,3 +404,38 @@ def test_sensitivity_shows_and_writes(capsys, tmp_path):
     found = json.loads((tmp_path / "a.json").read_text())
     assert [round(12 * share) for share, _ in found["losses"]["1"]] == [1, 3, 6, 9, 10]
     assert (tmp_path / "a.svg").stat().st_size > 1000
+
+
+def limits_at(rise, model, capsys, *words):
+    assert run("sensitivity", model, "--batches", "1", "--rise", rise, *words) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("limits: "))
+    return line.removeprefix("limits: ")
+
+
+def test_limits_of_a_sensitivity_go_back_into_prune_and_recipes(capsys, tmp_path):
+    model, path = "test_cli:classifier", tmp_path / "limits.yaml"
+    given = limits_at(0.02, model, capsys, "--limits", path, "--ratios", "[0.25,0.75]")
+    share = json.loads(given)["1"]
+    assert share in (0.0, 0.25, 0.75)
+    words = [model, "--input_shape", "1,32,32", "--target", "macs=0.1", "--unreachable", "closest"]
+    for limits, left in ((given, round(12 * (1 - share))), ('{"1": 0.5}', 6)):
+        assert run("prune", *words, "--limits", limits, "--output", tmp_path / str(left)) == 0
+        plan = Plan.from_json((tmp_path / str(left) / "plan.json").read_text())
+        assert plan.widths[0].after == left
+    values = settings([str(RECIPES[0]), str(path)])
+    assert values["limits"] == json.loads(given)
+    assert CompressConfig.of(**values).limits == {"1": share}
+
+
+def test_sensitivity_scores_on_the_data_that_it_judges_by(capsys, tmp_path):
+    shown = {}
+    for name in ("magnitude", "taylor", "variance"):
+        words = ["--importance", name, "--ratios", "[0.5]", "--output", tmp_path / name]
+        limits_at(0.1, "test_cli:classifier", capsys, *words)
+        shown[name] = json.loads((tmp_path / name).read_text())["losses"]["1"]
+    assert shown["taylor"] != shown["magnitude"] != shown["variance"]
+
+
+def test_limits_without_a_rise_are_refused(capsys, tmp_path):
+    assert run("sensitivity", "test_cli:classifier", "--limits", tmp_path / "a") == 2
+    assert "also give --rise" in capsys.readouterr().err

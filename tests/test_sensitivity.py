@@ -62,6 +62,56 @@ def test_limits_hold_back_what_bears_little(tmp_path: Path) -> None:
     assert plan.widths[0].after == 6
 
 
+class Attending(nn.Module):
+    """Heads, their dims and hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.attention = nn.Linear(5, 12), nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+def test_each_family_is_measured_by_itself() -> None:
+    """Heads, and the dims inside them: as with the rows of queries, keys and values zeroed."""
+    model, x = Attending().eval(), torch.randn(16, 4, 5)
+    groups = cpd.comb(model, x)
+    scores = random_scores(groups, 0)
+    found = sensitivity(model, groups, scores, [(x, Y)], loss, ratios=(0.34,))
+    names = ["attention heads", "attention head dims"]
+    assert set(found.losses) == {"into", *names}
+    assert found.groups == dict.fromkeys(found.losses.keys() - {"into"}, "attention")
+    members = {member.tensor: member.channel for member in groups["attention"].members}
+    of_row = scores["attention"][members["attention.in_proj_weight"].reshape(-1)].view(3, 3, 4)
+    head = int((of_row[0] + of_row[2]).sum(1).argmin())
+    rows = torch.arange(36).view(3, 3, 4)
+    for name, share, gone in (
+        (names[0], 1 / 3, rows[:, head]),
+        (names[1], 1 / 4, rows.gather(2, of_row.argmin(2, keepdim=True))),
+    ):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.attention.in_proj_weight[gone.flatten()] = 0
+            twin.attention.in_proj_bias[gone.flatten()] = 0
+            wanted = float(loss(twin, (x, Y)))
+        assert found.losses[name] == ((pytest.approx(share), pytest.approx(wanted, rel=1e-5)),)
+    assert Sensitivity.from_json(found.to_json()) == found
+    assert cpd.choose(groups, scores, "macs=0.9", limits=found.limits(10.0))
+
+
+def test_a_limit_is_that_of_the_family_that_bears_least() -> None:
+    points = {"a heads": ((0.5, 1.05),), "a head dims": ((0.25, 1.0), (0.5, 3.0)), "a rest": ()}
+    found = Sensitivity(1.0, points, dict.fromkeys(points, "a"))
+    assert found.limits(0.1) == {"a": 0.25}
+    assert found.limits(5.0) == {"a": 0.5}
+    assert Sensitivity(1.0, {"a": ()}).limits(0.1) == {"a": 0.0}
+    with pytest.raises(InputError, match="rise is -1"):
+        found.limits(-1)
+
+
 def test_what_makes_no_sense() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     groups = cpd.comb(model, X)

@@ -54,6 +54,31 @@ def test_hessian_of_tokens_by_the_paper_and_mended() -> None:
     torch.testing.assert_close(mended, (read.square() / (4 * 3)).detach())
 
 
+def test_hessian_of_fused_rows_squares_each_row() -> None:
+    """Thirds of queries and keys, gates of a recurrent layer: squared by rows, then summed."""
+    model, groups, x = network("tokens"), combed("tokens"), images()
+    loss(model, x).backward()
+    (rows,) = (m.channel for m in groups["qkv"].members if m.tensor == "qkv.weight")
+    index, size = torch.from_numpy(rows.reshape(-1)), groups["qkv"].size
+    parts = [
+        (model.qkv.weight * model.qkv.weight.grad).sum(1),
+        model.qkv.bias * model.qkv.bias.grad,
+    ]
+    total = torch.zeros(size, dtype=torch.float64)
+    for part in parts:  # 2 members, 1 reader
+        total.index_add_(0, index, part.detach().square() / (36 * 24) / 2 / 3)
+    torch.testing.assert_close(score("hessian", model, groups)["qkv"], total)
+    model, groups = network("words"), combed("words")
+    loss(model, x).backward()
+    made = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    total = torch.zeros(5, dtype=torch.float64)
+    for parameter in (getattr(model.gru, name) for name in made):
+        change = (parameter * parameter.grad).detach().reshape(3, 5, -1).sum(2)
+        total += change.square().sum(0)
+    found = score("hessian", model, groups)["gru"]
+    torch.testing.assert_close(found / found.sum(), total / total.sum())
+
+
 def masked_gradient(
     model: nn.Module, x: torch.Tensor, places: list[tuple[nn.Module, str, int]], size: int
 ) -> torch.Tensor:
@@ -349,6 +374,77 @@ def test_statistics_without_a_layer_are_those_of_white_inputs() -> None:
     groups = cpd.comb(model, x)
     (found,) = collect("variance", model, groups, [x], squared).values()
     torch.testing.assert_close(found, model.w.detach().square().sum(1))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer read by one of two directions, which a raw parameter reads; a cell."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 6, batch_first=True)
+        self.lstm = nn.LSTM(6, 4, bidirectional=True, batch_first=True, **options)
+        width = 2 * (options.get("proj_size") or 4)
+        self.cell, self.v = nn.RNNCell(width, 3), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.lstm(self.gru(x)[0])[0]
+        state = self.cell(seen[:, 0])
+        return F.linear(self.cell(seen[:, 1], state), self.v)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"proj_size": 2}], ids=str)
+def test_statistics_of_recurrent_layers(options: dict[str, int]) -> None:
+    """What they read and put out, last layer and direction by direction."""
+    model, x = Recurrent(**options).double(), torch.randn(7, 2, 5).double()
+    groups, kept = cpd.comb(model, x), {}
+    between = model.gru(x)[0].detach()
+    seen = model.lstm(between)[0].detach()
+    state = model.cell(seen[:, 0])
+    states = torch.stack([state, model.cell(seen[:, 1], state)]).detach()
+    for spec in ("variance", "activation", "wanda"):
+        kept[spec] = collect(spec, model, groups, [x], squared)
+    torch.testing.assert_close(kept["variance"]["gru"], between.var((0, 1), correction=0))
+    torch.testing.assert_close(kept["activation"]["gru"], between.abs().mean((0, 1)))
+    weights = [w for n, w in model.lstm.named_parameters() if n.startswith("weight_ih_l0")]
+    weights.append(model.gru.weight_hh_l0)
+    assert len(weights) == 3
+    read = sum(w.detach().abs().sum(0) for w in weights)
+    torch.testing.assert_close(kept["wanda"]["gru"], between.square().mean((0, 1)).sqrt() * read)
+    torch.testing.assert_close(kept["variance"]["cell"], states.var((0, 1), correction=0))
+    found = next(g for g in groups if any(m.tensor == "cell.weight_ih" for m in g.members)
+                 and g.name != "cell")  # fmt: skip
+    index = at(groups, found.name, "cell.weight_ih")
+    variance = seen.var((0, 1), correction=0)
+    torch.testing.assert_close(kept["variance"][found.name][index], variance)
+
+
+def test_outputs_of_recurrent_layers_that_no_layer_reads() -> None:
+    """Also of sequences of unequal length, whose padding does not count."""
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.RNN(3, 4, 2, bidirectional=True, batch_first=True)
+            self.v, self.packed = nn.Parameter(torch.randn(2, 8)), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.packed:
+                return F.linear(self.rnn(x)[0], self.v)
+            made = self.rnn(pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True))[0]
+            return F.linear(pad_packed_sequence(made, batch_first=True)[0], self.v)
+
+    model, x = Padded().double(), torch.randn(2, 3, 3).double()
+    groups = cpd.comb(model, x)
+    whole = model.rnn(x)[0].detach()
+    short = model.rnn(x[1:, :2])[0].detach()
+    found = collect("activation", model, groups, [x], squared)["rnn"]
+    index = at(groups, "rnn", "v")
+    torch.testing.assert_close(found[index], whole.abs().mean((0, 1)))
+    model.packed = True
+    found = collect("activation", model, groups, [x], squared)["rnn"]
+    together = torch.cat([whole[0], short[0]])
+    torch.testing.assert_close(found[index], together.abs().mean(0))
 
 
 def test_score_shows_one_forward_pass_in_evaluation_mode() -> None:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import cpd
 from cpd.errors import InputError, MissingGradient, UnknownName
-from cpd.importance import SHELF, collect, resolve, score
+from cpd.importance import collect, resolve, score
 from cpd.importance._members import covered
 from cpd.importance.hutchinson import Hutchinson
 from importance.networks import NETWORKS, collected, combed, images, loss, network
+from importance.specs import VARIANTS
 
-VARIANTS: list[Any] = [
-    *SHELF,
-    {"hessian": {"mended": True}},
-    {"taylor": {"multivariable": False, "members": "all"}},
-    {"magnitude": {"p": 1, "aggregate": "max"}},
-    {"variance": {"weighted": True}},
-    {"activation": {"statistic": "rms"}},
-    {"activation": {"statistic": "active"}},
-    {"hutchinson": {"kind": "diagonal", "members": "all"}},
-    {"kfac": {"members": "out", "normalise": "max"}},
-]
 WEIGHTS = ("bn_scale", "fpgm", "lamp", "magnitude", "random")  # nothing flows
 
 
@@ -58,50 +49,93 @@ def test_every_channel_of_every_kind_gets_a_number_of_its_own(spec: Any, kind: s
             assert (mine > 0).all() or called(spec) == "activation"
 
 
-def permuted(model: nn.Module, groups: cpd.Groups, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The same network with the channels of each group in another order; and these orders.
+def exchanged(groups: cpd.Groups, seed: int) -> dict[str, torch.Tensor]:
+    """Another order of each group's channels that leaves the network the same: order[c] is the
+    channel that comes to stand at c.
 
-    Only groups of single channels are turned, and only where all that holds them is one axis.
+    Channels change places within their cluster (a layer, one head's queries and keys, one head's
+    values, one group of a convolution), and blocks (heads, groups) with all that is in them.
     """
-    turned, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    units, generator = groups.units, np.random.default_rng(seed)
+
+    def inside(block: int) -> Any:
+        return np.array([c for c in units.closure([block]).tolist() if c not in units.below])
+
+    moved = np.arange(units.count)
+    for cluster in (c for group in groups for family in group.families for c in family.clusters):
+        new, step = generator.permutation(cluster), np.arange(units.count)
+        step[new] = np.roll(new, 1)  # none stays
+        for place, block in zip(new.tolist(), np.roll(new, 1).tolist(), strict=True):
+            if block in units.below:
+                step[inside(place)] = inside(block)
+        moved = moved[step]
+    return {
+        group.name: torch.from_numpy(np.searchsorted(group.classes, moved[group.classes]))
+        for group in groups
+    }
+
+
+def permuted(model: nn.Module, groups: cpd.Groups, orders: dict[str, torch.Tensor]) -> nn.Module:
+    """The same network with the channels of each group in another order.
+
+    Where a tensor holds a channel several times (gates; queries and keys), the first of one comes
+    to stand where the first of the other was. Along two axes (channels within groups of a
+    convolution) whole rows are another member's, and columns change places within each row.
+    """
+    turned = copy.deepcopy(model)
     tensors = {**dict(turned.named_parameters()), **dict(turned.named_buffers())}
-    orders = {}
     for group in groups:
-        axes = [[k for k, n in enumerate(m.channel.shape) if n > 1] for m in group.members]
-        places = [torch.from_numpy(m.channel).reshape(-1) for m in group.members]
-        plain = all(
-            len(a) == 1 and len(p) == group.size == int((p >= 0).sum())
-            for a, p in zip(axes, places, strict=True)
-        )
-        if len(group.families) > 1 or not plain:
-            continue
-        order = torch.randperm(group.size, generator=generator)
-        orders[group.name] = order
-        for member, (axis,), place in zip(group.members, axes, places, strict=True):
-            index = place.argsort()[order][place]  # the channel at each place is another now
-            tensor = tensors[member.tensor]
+        for member in group.members:
+            tensor, channel = tensors[member.tensor], torch.from_numpy(member.channel)
+            wanted = torch.where(channel >= 0, orders[group.name][channel], channel)
+            axes = [axis for axis, length in enumerate(channel.shape) if length > 1]
+            if len(axes) == 1:
+                index = torch.empty(channel.numel(), dtype=torch.int64)
+                new, old = (x.reshape(-1).argsort(stable=True) for x in (wanted, channel))
+                index[new] = old
+                value = tensor.detach().index_select(axes[0], index)
+            else:
+                assert axes == [0, 1]
+                column = torch.zeros(group.size, dtype=torch.int64)
+                column[channel] = torch.arange(channel.shape[1]).view(-1, *channel.shape[2:])
+                value = tensor.detach().gather(1, column[wanted].expand_as(tensor))
             with torch.no_grad():
-                tensor.copy_(tensor.index_select(axis, index))
-    return turned, orders
+                tensor.copy_(value)
+    return turned
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize(
-    "spec", [s for s in VARIANTS if called(s) not in ("random", "hutchinson")], ids=sensible
-)
-def test_scores_follow_their_channels(spec: Any, kind: str) -> None:
-    """Channels in another order have the same scores in that order."""
-    model = network(kind)
-    groups = combed(kind)
-    turned, orders = permuted(model, groups, seed=2)
-    assert orders
+def test_every_channel_that_may_change_places_does(kind: str) -> None:
+    """The network stays the same; its heads, dims, gates and groups stand elsewhere."""
+    model, groups = network(kind), combed(kind)
+    orders = exchanged(groups, seed=2)
+    turned = permuted(model, groups, orders)
     torch.testing.assert_close(turned(images()), model(images()))
-    before = collected(spec, model, groups, [images()])
-    after = collected(spec, turned, groups, [images()])
     for group in groups:
-        order = orders.get(group.name, torch.arange(group.size))
-        wanted = before[group.name][order]
-        torch.testing.assert_close(after[group.name], wanted, rtol=1e-7, atol=1e-12)
+        assert (orders[group.name] != torch.arange(group.size)).sum() > group.size / 2, group.name
+    same = dict(model.named_parameters())
+    mine = {member.tensor for group in groups for member in group.members} & set(same)
+    assert all(not torch.equal(x, same[n]) for n, x in turned.named_parameters() if n in mine)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("spec", [s for s in VARIANTS if called(s) != "random"], ids=sensible)
+def test_scores_follow_their_channels(
+    spec: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels in another order have the same scores in that order; probes are turned alike."""
+    model, groups = network(kind), combed(kind)
+    orders, signs = exchanged(groups, seed=2), network(kind, seed=5)
+    found = []
+    for net, drawn in ((model, signs), (permuted(model, groups, orders), None)):
+        held = dict((drawn or permuted(signs, groups, orders)).named_parameters())
+        probe = {name: value.detach().sign() for name, value in held.items()}
+        mine = staticmethod(lambda x, _, probe=probe: [probe[n] for n in x])
+        monkeypatch.setattr(Hutchinson, "signs", mine)
+        found.append(collected(spec, net, groups, [images()]))
+    before, after = found
+    for name, order in orders.items():
+        torch.testing.assert_close(after[name], before[name][order], rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

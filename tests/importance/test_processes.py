@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from importance import two
-from importance.networks import images
+from importance.networks import NETWORKS, images
+from importance.specs import VARIANTS
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,11 +29,18 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
+    wanted = {  # worked out while they run
+        f"{number} {kind} {name}": vector
+        for number, spec in enumerate(VARIANTS)
+        for kind in NETWORKS
+        for name, vector in two.scores(spec, kind, images(6), 1).items()
+    }
     errors = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
     found = load_file(tmp_path / "scores")
-    for number, spec in enumerate(two.SPECS):
-        for kind in two.KINDS:
-            for name, wanted in two.scores(spec, kind, images(6), 1).items():
-                got = found[f"{number} {kind} {name}"]
-                torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-13, msg=str(spec))
+    assert set(found) == set(wanted)
+    for name, vector in wanted.items():
+        spec = VARIANTS[int(name.split()[0])]
+        torch.testing.assert_close(
+            found[name], vector, rtol=1e-9, atol=1e-13, msg=f"{spec}: {name}"
+        )

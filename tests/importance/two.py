@@ -9,21 +9,8 @@ from typing import Any
 import torch
 
 from cpd.importance import resolve
-from importance.networks import combed, images, network
-
-SPECS: list[Any] = [
-    "activation",
-    "fisher",
-    {"hessian": {"mended": True}},
-    {"hutchinson": {"kind": "diagonal", "seed": 3}},
-    "kfac",
-    "magnitude",
-    "obd",
-    "taylor",
-    "variance",
-    "wanda",
-]
-KINDS = ("residual", "layer")
+from importance.networks import NETWORKS, combed, images, network
+from importance.specs import VARIANTS
 
 
 def scores(spec: Any, kind: str, x: torch.Tensor, world: int) -> dict[str, torch.Tensor]:
@@ -53,8 +40,8 @@ def main(rank: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
     found = {}
-    for number, spec in enumerate(SPECS):
-        for kind in KINDS:
+    for number, spec in enumerate(VARIANTS):
+        for kind in NETWORKS:
             for name, vector in scores(spec, kind, images(6)[rank::2], 2).items():
                 found[f"{number} {kind} {name}"] = vector
     if rank == 0:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cpd.cli.models import Source, named
 from cpd.cli.origins import made, noted, settled
 from cpd.cli.show import Bars, coverage, group_table, kept_table
-from cpd.errors import ArtefactError
+from cpd.errors import ArtefactError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -279,13 +279,16 @@ class Shell:
         model_args: dict[str, Any] | None = None,
         weights: str | None = None,
         task: str | dict[str, Any] = "classification",
-        importance: str = "magnitude",
+        importance: str | dict[str, Any] = "magnitude",
+        ratios: list[float] | None = None,
+        rise: float | None = None,
         batches: int = 4,
         batch_size: int = 64,
         output: str | None = None,
+        limits: str | None = None,
         plot: str | None = None,
     ) -> None:
-        """Show the loss when one group alone loses a share of its units, without training.
+        """Show the loss when one family of units alone loses a share of them, without training.
 
         Args:
             model: timm:NAME, torchvision:NAME, hf:CONFIG, cpd:NAME or package.module:callable.
@@ -293,20 +296,31 @@ class Shell:
             model_args: arguments for making it.
             weights: a safetensors file with its weights.
             task: what the loss is of.
-            importance: which units go first; a score that needs no data.
+            importance: which units go first, scored on the same samples where it needs data.
+            ratios: shares that go, such as [0.1,0.5]; by default 0.1, 0.25, 0.5, 0.75 and 0.9.
+            rise: also show limits for prune and recipes, the share of each group up to which the
+                loss rises by at most so much of the whole network's, such as 0.1.
             batches: batches to take the loss over.
             batch_size: samples of each.
             output: file for JSON.
+            limits: file for the limits, YAML that goes behind a recipe; needs rise.
             plot: file for a plot, such as a.svg.
         """
-        from cpd.cli.sensitive import measured
+        from cpd.cli.sensitive import limited, measured
         from cpd.files import write_text
 
+        if limits is not None and rise is None:
+            raise InputError("limits are those of a rise: also give --rise, such as --rise 0.1")
         network = made(Source(model, model_args or {}), weights)
-        found = measured(network, data, task, importance, batches, batch_size)
+        found = measured(network, data, task, importance, batches, batch_size, ratios)
         self.console.print(str(found), markup=False, highlight=False, soft_wrap=True)
         if output is not None:
             write_text(output, found.to_json())
+        if rise is not None:
+            line = limited(found, rise)
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            if limits is not None:
+                write_text(limits, f"{line}\n")
         if plot is not None:
             found.plot(plot)
 

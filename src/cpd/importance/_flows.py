@@ -37,6 +37,7 @@ class Flows(Watching):
     """
 
     needs_forward = True
+    recurrent = True
 
     def __init__(self, statistic: str) -> None:
         super().__init__()

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
-from ..groups import CouplingGroup, Groups, Member
+from ..groups import Groups, Member
 from ._members import tiers
 from .base import Sums, inner_model
 
 _CONV = nn.modules.conv._ConvNd
 _NORM = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _PROJECTED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -76,7 +78,10 @@ class Watching(Sums):
 
     `take(place, value, axis)` gets each value as it flows, its channels along `axis`, and returns
     what flows on in its stead, or None. `fresh` is called before every forward pass of the model.
+    `recurrent`: whether it looks at what recurrent layers read and put out, too.
     """
+
+    recurrent = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +93,13 @@ class Watching(Sums):
         """Hook the layers that read, scale and make the channels."""
         super().start(model, groups)
         inner = inner_model(model)
-        self.readings = {group.name: _readings(inner, groups, group) for group in groups}
+        self.readings = {
+            group.name: [
+                [_reading(inner, member, self.recurrent) for member in tier]
+                for tier in tiers(groups, group)
+            ]
+            for group in groups
+        }
         for place in sorted(self.places(), key=lambda place: place.name):
             self._hook(inner.get_submodule(place.path), place)
         self._handles.append(inner.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -130,15 +141,15 @@ class Watching(Sums):
             return
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> Any:
-            if not args or not isinstance(args[0], torch.Tensor):
+            value = _flowing(layer, args)
+            if value is None:
                 return None
-            instead = self.take(place, args[0], _axis(layer, args[0]))
+            instead = self.take(place, value, _axis(layer, value))
             return None if instead is None else (instead, *args[1:])
 
         def after(layer: nn.Module, _: tuple[Any, ...], result: Any) -> Any:
-            if isinstance(result, torch.Tensor):
-                return self.take(place, result, _axis(layer, result))
-            return None
+            value = _flowing(layer, result)
+            return None if value is None else self.take(place, value, _axis(layer, value))
 
         if place.role == "in":
             self._handles.append(module.register_forward_pre_hook(before))
@@ -182,14 +193,22 @@ def _axis(module: nn.Module, value: torch.Tensor) -> int:
     return 1 if isinstance(module, _NORM) else value.ndim - 1
 
 
-def _readings(model: nn.Module, groups: Groups, group: CouplingGroup) -> list[list[Reading]]:
-    """Return what the members of each tier show of a group, best tier first."""
-    return [[_reading(model, member) for member in tier] for tier in tiers(groups, group)]
+def _flowing(module: nn.Module, value: Any) -> torch.Tensor | None:
+    """Return the tensor that a layer reads first, or puts out; of a recurrent layer without its
+    states, and of sequences of unequal length without padding.
+    """
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        value = value[0] if value else None
+    if isinstance(value, PackedSequence) and isinstance(module, _RECURRENT):
+        return value.data
+    return value if isinstance(value, torch.Tensor) else None
 
 
-def _reading(model: nn.Module, member: Member) -> Reading:
+def _reading(model: nn.Module, member: Member, recurrent: bool) -> Reading:
     path, _, leaf = member.tensor.rpartition(".")
     module = model.get_submodule(path)
+    if recurrent and isinstance(module, _RECURRENT):
+        return _recurrent(module, member)
     place, main = None, True
     if isinstance(module, nn.MultiheadAttention):
         weight = leaf.replace("in_proj_bias", "in_proj_weight")
@@ -199,6 +218,25 @@ def _reading(model: nn.Module, member: Member) -> Reading:
         place, main = Place(path, member.role, "weight"), leaf == "weight"
     groups = module.groups if isinstance(module, _CONV) else 1
     return Reading(member, place, main, torch.from_numpy(_along(member, groups)))
+
+
+def _recurrent(module: Any, member: Member) -> Reading:
+    """What a recurrent layer shows: its first layer what it reads, its last one what it puts out,
+    each direction in its half. Of layers in between nothing is seen.
+    """
+    path, _, leaf = member.tensor.rpartition(".")
+    backward, cell = leaf.endswith("_reverse"), isinstance(module, nn.RNNCellBase)
+    name, hidden = leaf.removesuffix("_reverse"), member.channel.reshape(-1)
+    if member.role == "in" and name == ("weight_ih" if cell else "weight_ih_l0"):
+        return Reading(member, Place(path, "in", "input"), True, torch.from_numpy(hidden.copy()))
+    size = module.hidden_size if cell else module.proj_size or module.hidden_size
+    made = "weight_hr" if not cell and module.proj_size else "weight_ih"
+    if member.role != "out" or name != (made if cell else f"{made}_l{module.num_layers - 1}"):
+        return Reading(member, None, True, torch.from_numpy(hidden.copy()))
+    sides = 1 if cell else 1 + module.bidirectional
+    shown = np.full(sides * size, -1)
+    shown[int(backward) * size :][:size] = hidden[:size]  # the first gate's rows
+    return Reading(member, Place(path, "out", "output"), True, torch.from_numpy(shown))
 
 
 def _along(member: Member, groups: int) -> Any:

@@ -17,6 +17,7 @@ from ._members import (
     mask_gradient,
     per_channel,
     require_gradients,
+    sum_over,
     tiers,
 )
 from .base import Accumulated, Importance, Scores
@@ -25,19 +26,22 @@ from .base import Accumulated, Importance, Scores
 def hessian(*, mended: bool = False) -> Importance:
     r"""Score of "Comb, Prune, Distill" (arXiv 2408.03046): an estimate of the Hessian's diagonal.
 
-    For a parameter p whose rows make the channels c of a group, after every backward pass:
+    For a parameter p whose rows r make the channels c of a group, after every backward pass:
 
-        S_p[c] += (sum_{w in p[c, ...]} w * dL/dw)^2 / A_p
+        S_p[c] += sum_{r that make c} (sum_{w in p[r, ...]} w * dL/dw)^2 / A_p
 
     with A_p the sizes of all axes of the activation that the layer puts out but its axis 1, per
     sample, times the channels still there. The group's score is the mean over its members, divided
     by the number of members and followers (the tensors that read the channels). Gradients are those
-    of the whole mini-batch. Shapes: one vector (size,) per group.
+    of the whole mini-batch. A channel has several rows where one tensor makes more of it: thirds
+    for queries, keys and values, gates of recurrent layers. Each row is squared by itself and then
+    summed, as the released code does with the thirds. Shapes: one vector (size,) per group.
 
     `mended`: without two weaknesses of the above. Axis 1 holds the channels of images, but the
     positions of tokens (batch, tokens, channels), so tokens were divided by their channels instead
-    of their number; and the members' changes of the loss were squared one by one, although they go
-    together. Instead, with P the elements per sample of one channel where it is made,
+    of their number; and the changes of the loss by rows and members were squared one by one,
+    although they go together. Instead, with P the elements per sample of one channel where it is
+    made,
 
         S[c] += (sum over all that read c, sum_{w that reads c} w * dL/dw)^2 / (P * channels)
 
@@ -85,7 +89,7 @@ class Hessian(Accumulated):
                     continue
                 change = tensors[member.tensor].detach() * gradient
                 elements = self._elements.get(member.tensor, member.activation)
-                total += per_channel(change, member, size).square() / (elements * kept)
+                total += _squared_rows(change, member, size) / (elements * kept)
                 held += self._covered(group.name, member, size).to(held)
                 count += 1
             result[group.name] = total / held.clamp_min(1) / max(count, 1)
@@ -124,6 +128,15 @@ class Hessian(Accumulated):
                 alive += per_channel(values != 0, member, size).to(alive)
             self._kept[name] = max(int((alive != 0).sum()), 1)
         return self._kept[name]
+
+
+def _squared_rows(values: torch.Tensor, member: Member, size: int) -> torch.Tensor:
+    """Return for each channel the sum over the rows that make it of the square of a row's sum."""
+    varies = [axis for axis, length in enumerate(member.channel.shape) if length > 1]
+    if len(varies) > 1:  # in groups of a convolution: all that makes one channel is one row
+        return per_channel(values, member, size).square()
+    rows = sum_over(values, [axis for axis in range(values.ndim) if axis not in varies])
+    return per_channel(rows.double().square().reshape(member.channel.shape), member, size)
 
 
 def _zeros(size: int, members: list[Member], tensors: Tensors) -> torch.Tensor:

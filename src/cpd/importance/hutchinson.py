@@ -137,18 +137,24 @@ class Hutchinson(Sums):
         )
         curved = [gradient for gradient in first if gradient.requires_grad]
         self._require(bool(curved))
-        drawn = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for x in values]
-        signs = [z.to(x) for z, x in zip(drawn, values, strict=True)]
+        probe = self.signs(tensors, generator)
         second = torch.autograd.grad(
             curved,
             values,
-            grad_outputs=[z for z, g in zip(signs, first, strict=True) if g.requires_grad],
+            grad_outputs=[z for z, g in zip(probe, first, strict=True) if g.requires_grad],
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
-        found = zip(tensors, signs, second, strict=True)
+        found = zip(tensors, probe, second, strict=True)
         return {name: z * product / self.probes for name, z, product in found}
+
+    @staticmethod
+    def signs(tensors: Scores, generator: torch.Generator) -> list[torch.Tensor]:
+        """Return a tensor of random signs, +1 or -1, for each of these."""
+        values = tensors.values()
+        drawn = [torch.randint(0, 2, x.shape, generator=generator) * 2 - 1 for x in values]
+        return [z.to(x) for z, x in zip(drawn, values, strict=True)]
 
     def _note(self, group: CouplingGroup, tensors: Scores, diagonal: Scores) -> None:
         size, found = group.size, []
