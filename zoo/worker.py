@@ -159,10 +159,11 @@ def _further(whole: checks.Whole, small: nn.Module, plan: cpd.Plan, clock: Clock
 def found(groups: cpd.Groups) -> dict[str, Any]:
     """Return what combing found: sizes, and what stays, by the parameters it holds."""
     shapes = groups.trace.shapes
+    parameters = {name for name, _ in groups.model.named_parameters()}
     held: dict[str, dict[str, int]] = {}
     for item in groups.frozen:
         reason, shape = str(item.reason), shapes[item.tensor]
-        if not reason.startswith("kernel axis"):
+        if item.tensor in parameters and not reason.startswith("kernel axis"):
             size = 1
             for length in shape:
                 size *= length
