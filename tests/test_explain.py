@@ -224,6 +224,65 @@ def test_kernel_axes_are_listed_but_not_printed() -> None:
     assert "kernel" not in str(groups)
 
 
+class Normed(nn.Module):
+    """Two norms that part the same channels in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+        self.halves, self.thirds = nn.GroupNorm(2, 12), nn.GroupNorm(3, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.halves(self.make(x))
+        x = self.thirds(x)
+        return self.read(x)
+
+
+def test_partitions_that_overlap_are_named_by_the_call_that_parts_anew() -> None:
+    groups = cpd.comb(Normed(), IMAGE)
+    (kept,) = [k for k in groups.kept if k.reason == "rows of different partitions overlap"]
+    assert (kept.op, kept.paths) == ("group_norm", ("thirds",))
+    assert kept.source.endswith(line_of(Normed, "self.thirds(x)"))
+
+
+def test_outputs_of_other_shapes_are_named_by_what_makes_them() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make = nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x = self.make(x)
+            ones = torch.ones(2, x.shape[1])
+            return x.relu().sum(-1), ones
+
+    groups = cpd.comb(nn.Sequential(Counted()), torch.randn(2, 4), keep_class="strict")
+    (kept,) = [k for k in groups.kept if "puts out" in k.reason]
+    assert (kept.op, kept.paths) == ("ones", ("0",))
+    assert kept.source.endswith(line_of(Counted, "torch.ones"))
+
+
+def test_buffers_that_hold_channels_are_listed_and_others_are_not() -> None:
+    class Moved(nn.Module):
+        """A shift of channels that are sorted, and a grid, which has no channels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.read = nn.Linear(4, 6), nn.Linear(6, 5)
+            self.register_buffer("shift", torch.ones(6))
+            self.register_buffer("grid", torch.ones(2, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.read((self.make(x) + self.shift).sort(-1).values) * self.grid
+
+    found = {(f.tensor, f.axis): f.reason for f in cpd.comb(Moved(), torch.randn(2, 4)).frozen}
+    assert found["shift", 0] == found["make.weight", 0] == "sort along channels"
+    assert not any(tensor == "grid" for tensor, _ in found)
+    normed = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    found = {(f.tensor, f.axis): f.reason for f in cpd.comb(normed, torch.randn(2, 4)).frozen}
+    assert found["1.running_mean", 0] == found["1.running_var", 0] == "model output"
+
+
 # --- words ----------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zoo import runner
 
 from generator import fuzz
 
@@ -23,21 +25,29 @@ def test_sums_come_back(tmp_path: Path) -> None:
     """As they were written."""
     sums = fuzz.Sums()
     for seed in (0, 3):
-        sums.add(_chunk(seed))
+        sums.add(_chunk(seed), runner.fingerprint())
     sums.write(tmp_path / "sums.json")
     again = fuzz.Sums.read(tmp_path / "sums.json")
     assert vars(again) == vars(sums)
-    assert (again.seeds, again.nets, len(again.specs)) == ([0, 3], 4, 3)
+    assert (again.seeds, again.nets, again.different) == ([0, 3], 4, 3)
     assert fuzz.Sums.read(tmp_path / "none.json") == fuzz.Sums()
     text = fuzz.page(again, [])
     assert "| networks | 4 (3 different) |" in text
-    assert "| of them with the code as it is now | 4 |" in text
-    again.codes = {"other": 4}
-    assert "| of them with the code as it is now | 0 |" in fuzz.page(again, [])
+    assert "| of them with the code as it is now | 4 (3 different) |" in text
+    again.codes, again.specs = {"other": 4}, {"other": {"a"}}
+    assert "| of them with the code as it is now | 0 (0 different) |" in fuzz.page(again, [])
 
 
-def test_a_run_goes_on_and_counts_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds that are known are left out; one that failed is not known."""
+def test_sums_of_an_earlier_time_are_read(tmp_path: Path) -> None:
+    """They did not say which code a network passed with: it counts, and not for the code of now."""
+    held = {"seeds": [4], "specs": "00000000ff00000000aa", "codes": {"x": 2}, "idioms": {}}
+    (tmp_path / "sums.json").write_text(json.dumps(held))
+    sums = fuzz.Sums.read(tmp_path / "sums.json")
+    assert sums.different == 2
+    assert not sums.specs.get(runner.fingerprint())
+
+
+def _pools(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Pool:
         def __init__(self, jobs: int) -> None:
@@ -54,10 +64,28 @@ def test_a_run_goes_on_and_counts_what_passed(monkeypatch: pytest.MonkeyPatch) -
             return type("Result", (), {"get": lambda self: made})()
 
     monkeypatch.setattr(fuzz, "get_context", lambda _: type("Context", (), {"Pool": Pool}))
+
+
+def test_a_run_goes_on_and_counts_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that are known are left out; one that failed is not known."""
+    _pools(monkeypatch)
     sums = fuzz.Sums()
-    sums.add(_chunk(1))
+    sums.add(_chunk(1), runner.fingerprint())
     ran = [found["seed"] for found in fuzz.chunks(sums, 5, 2)]
     assert ran[:4] == [0, 2, 3, 4]
     assert sums.seeds == [1, 0, 3, 4]
     text = fuzz.page(sums, _chunk(2, failures=1)["failures"])
     assert "- 1 times: E: no" in text
+
+
+def test_another_code_starts_anew_with_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passed with earlier code is no step towards the goal; a finished run does nothing."""
+    _pools(monkeypatch)
+    sums = fuzz.Sums()
+    for seed in (0, 1, 3, 4, 5):
+        sums.add(_chunk(seed), "earlier")
+    ran = [found["seed"] for found in fuzz.chunks(sums, 4, 2)]
+    assert ran == [2, 6, 7, 8]
+    assert len(sums.specs[runner.fingerprint()]) == 4
+    assert sums.different == 9
+    assert not list(fuzz.chunks(sums, 4, 2))

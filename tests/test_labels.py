@@ -59,7 +59,7 @@ def survivors(units: Units, seed: int) -> np.ndarray:
             for cluster in family.clusters:
                 picked = generator.permutation(cluster)[:gone]
                 alive[units.closure(picked.tolist())] = False
-    single = np.flatnonzero(~units.bound & (units.frozen < 0))
+    single = np.flatnonzero((units.fold_of < 0) & (units.frozen < 0))
     alive[single[generator.random(len(single)) < 0.3]] = False
     return alive
 

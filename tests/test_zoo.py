@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from zoo import checks, network, page, runner, tensors, worker
+from zoo.attentions import attentions
 from zoo.network import Network
 from zoo.registry import libraries, registry
 
@@ -410,6 +411,45 @@ def test_names_may_be_patterns(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+# attentions -------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Two attentions: of the second the channels are sorted, so that nothing of it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(8, 24)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def one(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = x.chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).flatten(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(self.one(self.first(x)))
+        return self.b(self.one(self.second(x).sort(-1).values))
+
+
+def test_what_attentions_may_lose_is_told() -> None:
+    found = attentions(cpd.comb(Attends(), torch.randn(2, 5, 8)))
+    assert (found["attentions"], found["heads"], found["head_dims"]) == (2, 1, 1)
+    whole = {kind: reason for kind, _, reason, count in found["whole"] if count == 1}
+    assert set(whole) == {"heads", "head dims"}
+    assert all("sort" in reason and "test_zoo.py:" in reason for reason in whole.values()), whole
+
+
+def test_a_row_has_the_limit_of_its_proof_and_the_operators() -> None:
+    rows: list[dict[str, Any]] = []
+    worker.prune(entry(), rows.append)
+    assert rows[-1]["modes"]["kept"]["limit"] == 1e-9
+    assert "aten.conv2d.default" in rows[-1]["ops"]
+    assert rows[-1]["ops"] == sorted(set(rows[-1]["ops"]))
+
+
 # pages ------------------------------------------------------------------------------------------
 
 
@@ -425,13 +465,33 @@ def test_the_pages_say_what_the_rows_say(tmp_path: Path) -> None:
     )
     onnx = {"kept": {"status": "error", "stage": "onnx", "message": "ExportError: no"}}
     runner.keep(tmp_path / "rows.jsonl", "onnx", {"name": "timm:resnet18", "modes": onnx})
+    told = {
+        "status": "sound", "stage": "done", "seconds": {}, "error": 3e-6, "proved": True,
+        "macs": 0.4, "params": 0.6, "reached": True, "attentions": 5, "heads": 2, "head_dims": 5,
+        "whole": [["heads", "layers.0", "sorted | along (sort in layers.0, a.py:3)", 3]],
+    }  # fmt: skip
+    row = {"name": "timm:beit_base_patch16_224", "modes": {"kept": {**told, "limit": 2e-4}}}
+    runner.keep(tmp_path / "rows.jsonl", "prune", row)
+    same = {"kept": {"status": "sound", "stage": "done", "message": "as before: no"}}
+    runner.keep(
+        tmp_path / "rows.jsonl", "onnx", {"name": "timm:beit_base_patch16_224", "modes": same}
+    )
+    before = {"name": "monai:DynUNet", "modes": {"kept": told}}  # a row without a limit
+    runner.keep(tmp_path / "rows.jsonl", "prune", before)
     late = {"name": "monai:UNet", "stage": "build", "modes": {}, "ended": {"seconds": 300.0}}
     runner.keep(tmp_path / "rows.jsonl", "prune", late)
 
     markdown, table = page.write(tmp_path / "rows.jsonl", tmp_path / "docs")
     text = markdown.read_text()
-    assert "| timm | 98 | 1 | 1 | 0 | 0 | 0 | 0 | 0 |" in text
-    assert "| monai | 5 | 1 | 0 | 0 | 1 | 0 | 0 | 0 |" in text
+    assert "| timm | 98 | 2 | 2 | 0 | 0 | 1 | 0 | 1 |" in text
+    assert "| monai | 5 | 2 | 1 | 0 | 1 | 1 | 0 | 0 |" in text
+    assert "lacks: timm:beit_base_patch16_224 (limit 2e-04), monai:DynUNet (limit not kept)" in text
+    assert "| 3e-06 (limit 2e-04) |" in text
+    assert "2 tried, 0 equal with an open batch, 0 with a fixed batch only; 1 as before" in text
+    assert "Of 10 calls of PyTorch's fused attention in 2 networks, 4 may lose heads" in text
+    assert (
+        "- **monai:DynUNet**: no heads in layers.0 and 2 more: sorted / along (sort in layers.0, a"
+    ) in text
     assert (
         "| resnet18 | sound | 0.71 | 0.60 |  | 1e-15 |  | 3 | 4/8 heads | 99 | 1.00 | 0.25 |  |  | "
         "train as before | fails |"
@@ -440,8 +500,8 @@ def test_the_pages_say_what_the_rows_say(tmp_path: Path) -> None:
     assert "- **timm:resnet18**: ONNX: ExportError: no" in text
     assert "- **monai:UNet**: over 300 s, in build" in text
     assert "non-maximum suppression" in text
-    assert "2 of 2 rows were made by the code as it was earlier" in text
-    assert "not run yet: timm:beit_base_patch16_224" in text
+    assert "4 of 4 rows were made by the code as it was earlier" in text
+    assert "not run yet: timm:" in text
 
     with table.open() as stream:
         found = {row["network"]: row for row in csv.DictReader(stream)}

@@ -26,8 +26,8 @@ docstrings; `tests/rules` proves each of them by numbers. How to add one:
 
 An operator that PyTorch tags as pointwise needs no rule of its own. One that is neither here nor
 tagged keeps every channel that it touches, and `comb(..., unknown="error")` refuses it. An in-place
-operator (`relu_`) has the rule of its twin. The numbers in brackets: how many of the 185 networks
-that were counted use the operator.
+operator (`relu_`) has the rule of its twin. The numbers in brackets: how many of the networks that
+were counted use the operator.
 """
 
 

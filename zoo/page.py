@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .census import extend
 from .network import Network
 from .registry import registry
 from .runner import ROOT, Row, fingerprint, reached, read, status_of
@@ -38,7 +39,8 @@ What `make zoo` found; not written by hand. Each network has random weights and 
 norms that keep its signals alive, two samples as inputs, and a process of its own with a time
 limit. It is combed, brought to half of its MACs with random scores (`macs=0.5`, or what is
 closest) and cut, in the default mode and with `exact=True`. **sound**: in both modes
-`cpd.verify` proves the cut network in float64, its first samples come out the same in a larger
+`cpd.verify` proves the cut network (in float64 to 1e-9 where its operators have that; those proved
+in another type are listed below with their limit), its first samples come out the same in a larger
 batch, it trains one step with gradients, what is random or different in training still is, a
 deep copy, a state dict and an artefact give the same outputs bit for bit, and names and flags are
 as before. **unsound**: the proof fails (`cpd.cut` refuses to return such a network). **error**:
@@ -48,7 +50,9 @@ anything raises, or a further check fails.
 **groups**: coupling groups. **units**: kinds of units with how many of all are left. **trace**,
 **comb**, **choose**, **cut**: processor seconds on one thread in the default mode. **checks**: what
 the network itself cannot do either is marked "as before".
-**ONNX**: the cut network in ONNX Runtime equals it; "fixed batch" where an open one fails."""
+**ONNX**: the cut network of the default mode (the exact one is not tried) in ONNX Runtime equals
+it; "fixed batch" where an open one fails, "as before" where the uncut network cannot either.
+Of torchvision there is one network of every family, not every depth and width of it."""
 
 
 def rows(output: Path) -> list[tuple[Network, Row | None, Row | None]]:
@@ -64,13 +68,13 @@ SLOW = 5
 
 
 def write(output: Path, docs: Path = DOCS) -> list[Path]:
-    """Write both files; return their paths."""
+    """Write both files and add to the census of operators; return their paths."""
     found = rows(output)
     docs.mkdir(parents=True, exist_ok=True)
     paths = [docs / "coverage.md", docs / "coverage.csv"]
     paths[0].write_text(page(found), encoding="utf-8")
     paths[1].write_text(table(found), encoding="utf-8")
-    return paths
+    return [*paths, *([extend(row for _, row, _ in found if row)] if docs == DOCS else [])]
 
 
 def cells(network: Network, row: Row | None, onnx: Row | None) -> dict[str, str]:
@@ -103,7 +107,8 @@ def _share(mode: dict[str, Any], key: str) -> str:
 
 
 def _small(mode: dict[str, Any]) -> str:
-    return f"{mode['error']:.0e}" if "error" in mode else ""
+    text = f"{mode['error']:.0e}" if "error" in mode else ""
+    return f"{text} ({loose(mode)})" if text and loose(mode) else text
 
 
 def _seconds(value: float | None) -> str:
@@ -147,6 +152,8 @@ def page(found: list[tuple[Network, Row | None, Row | None]]) -> str:
     by_library = {name: [x for x in found if x[0].library == name] for name in libraries}
     lines = [INTRO, "", f"Versions: {_versions(libraries)}.", *_stale(found), ""]
     lines += _summary(by_library)
+    lines += ["", *_onnx(found), *_other_types(found)]
+    lines += ["", "## Attentions", "", *_attentions(found)]
     lines += ["", "## Speed", "", *_speed(found)]
     lines += ["", "## What is not reached", "", *_not_reached(found)]
     for name, part in by_library.items():
@@ -195,6 +202,60 @@ def _summary(by_library: dict[str, list[tuple[Network, Row | None, Row | None]]]
         total = [a + b for a, b in zip(total, numbers, strict=True)]
         lines.append(f"| {name} | " + " | ".join(map(str, numbers)) + " |")
     return [*lines, "| all | " + " | ".join(map(str, total)) + " |"]
+
+
+TIGHT = 1e-9  # float64
+
+
+def _onnx(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
+    """Count the ways in which an export counts as good."""
+    words = [in_onnx(onnx) for *_, onnx in found if onnx is not None]
+    fixed, before = words.count("ok, fixed batch"), words.count("as before")
+    return [
+        f"ONNX: {len(words)} tried, {words.count('ok')} equal with an open batch, {fixed} with a "
+        f"fixed batch only; {before} as before (the uncut network cannot either)."
+    ]
+
+
+def loose(mode: dict[str, Any]) -> str:
+    """Return the limit of a proof that is not the one of float64, or ""; old rows tell none."""
+    if "limit" in mode:
+        return "" if mode["limit"] <= TIGHT else f"limit {mode['limit']:.0e}"
+    return "limit not kept" if mode.get("proved") and mode.get("error", 0) > TIGHT else ""
+
+
+def _other_types(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
+    """Name the networks that are proved, but not in float64."""
+    told = []
+    for network, row, _ in found:
+        words = [loose(mode) for mode in (row or {}).get("modes", {}).values()]
+        told += [f"{network.name} ({word})" for word in dict.fromkeys(filter(None, words))]
+    return [
+        "",
+        f"Not proved in float64, which an operator of theirs lacks: {', '.join(told) or 'none'}.",
+    ]
+
+
+def _attentions(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
+    """Say how many fused attentions may lose heads and head dims, and why others may not."""
+    lines, total, known = [], [0, 0, 0], 0
+    for network, row, _ in found:
+        mode = (row or {}).get("modes", {}).get("kept", {})
+        if "heads" not in mode or not mode["attentions"]:
+            continue  # no attention, or a row of an earlier time
+        known += 1
+        numbers = [mode[key] for key in ("attentions", "heads", "head_dims")]
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+        for kind, path, reason, count in mode["whole"]:
+            where = f"{path} and {count - 1} more" if count > 1 else path
+            text = f"- **{network.name}**: no {kind} in {where}: {reason}"
+            lines.append(text.replace("|", "/"))
+    counted = (
+        f"Of {total[0]} calls of PyTorch's fused attention in {known} networks, {total[1]} may "
+        f"lose heads and {total[2]} head dims (of query and key, or of value) in the default mode. "
+        "Attentions written as products of matrices are not counted here."
+    )
+    return [counted, *([""] if lines else []), *lines]
 
 
 def why(row: Row | None, onnx: Row | None) -> list[str]:

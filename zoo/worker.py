@@ -24,6 +24,8 @@ import cpd
 from cpd import _torchvision
 
 from . import checks
+from .attentions import attentions
+from .census import operators
 from .network import Network
 from .registry import registry
 from .tensors import call, difference
@@ -109,6 +111,7 @@ def _mode(whole: checks.Whole, exact: bool, clock: Clock) -> None:
         groups = clock("comb", cpd.comb, model, inputs, exact=exact)
     seconds["comb"] = round(seconds["comb"] - seconds["trace"], 3)
     mode.update(found(groups))
+    clock.row["ops"] = sorted({*clock.row.get("ops", ()), *operators(groups.trace.graph)})
     scores = cpd.importance.score("random", model, groups)
     plan = clock("choose", cpd.choose, groups, scores, TARGET, unreachable="closest")
     small = clock("cut", cpd.cut, model, plan, verify=False)
@@ -122,7 +125,7 @@ def _mode(whole: checks.Whole, exact: bool, clock: Clock) -> None:
     )
     proof = clock("verify", cpd.verify, model, small, plan)
     mode.update(
-        error=proof.max_error, proof=proof.mode, proved=bool(proof),
+        error=proof.max_error, limit=proof.limit, proof=proof.mode, proved=bool(proof),
         message="" if proof else f"{proof.where}; {proof.checks}"[:400],
     )  # fmt: skip
     mode["status"] = "sound" if proof else "unsound"
@@ -156,10 +159,11 @@ def _further(whole: checks.Whole, small: nn.Module, plan: cpd.Plan, clock: Clock
 def found(groups: cpd.Groups) -> dict[str, Any]:
     """Return what combing found: sizes, and what stays, by the parameters it holds."""
     shapes = groups.trace.shapes
+    parameters = {name for name, _ in groups.model.named_parameters()}
     held: dict[str, dict[str, int]] = {}
     for item in groups.frozen:
         reason, shape = str(item.reason), shapes[item.tensor]
-        if not reason.startswith("kernel axis"):
+        if item.tensor in parameters and not reason.startswith("kernel axis"):
             size = 1
             for length in shape:
                 size *= length
@@ -167,10 +171,9 @@ def found(groups: cpd.Groups) -> dict[str, Any]:
             tensors = held.setdefault(reason, {})
             tensors[item.tensor] = max(tensors.get(item.tensor, 0), min(part, size))
     by_size = sorted(((sum(t.values()), r) for r, t in held.items()), reverse=True)
-    nodes = list(groups.trace.graph.nodes)
     return {
-        "nodes": len(nodes),
-        "attentions": sum("scaled_dot_product" in str(node.target) for node in nodes),
+        "nodes": len(groups.trace.graph.nodes),
+        **attentions(groups),
         "groups": len(groups),
         "frozen": [[reason[:300], size] for size, reason in by_size[:3]],
     }

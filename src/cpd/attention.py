@@ -124,6 +124,16 @@ class CutMultiheadAttention(nn.MultiheadAttention):
         return total
 
 
+def without_nesting(encoder: nn.TransformerEncoder) -> None:
+    """Let an encoder that holds a cut attention hand on padded sequences as they are.
+
+    Without gradients it would make them nested tensors, which only the whole layer's fused path
+    takes.
+    """
+    if any(isinstance(part, CutMultiheadAttention) for part in encoder.modules()):
+        encoder.use_nested_tensor = encoder.enable_nested_tensor = False
+
+
 def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)

@@ -25,7 +25,7 @@ from torch import fx
 from .calls import Uncapturable
 from .channels import Ids
 from .drop import Addition, addition, called, dropped
-from .graph import base, op_name
+from .graph import base, op_name, place_of
 from .labels import Layer
 from .replace import Disagreement, Replacements, Template
 from .rules import Factor
@@ -219,7 +219,8 @@ class _Finder:
         self.units.count += 1
         for name in ("frozen", "held"):
             setattr(self.units, name, np.append(getattr(self.units, name), -1))
-        self.units.bound = np.append(self.units.bound, True)
+        self.units.fold_of = np.append(self.units.fold_of, len(self.units.places))
+        self.units.places.append(place_of(place.add))
         self.units.below[number] = inside
         family = Family(KIND, (np.array([number]),), 1)
         return Branch(place, tensors, number, place_of_id, inside, family, template, found)

@@ -52,13 +52,16 @@ class Reason:
 
 @dataclass
 class Fold:
-    """Ids of shape (rows, columns), with block ids of its rows and, where tied, its columns."""
+    """Ids of shape (rows, columns), with block ids of its rows and, where tied, its columns.
+
+    `place`: the call that first used the axis as two.
+    """
 
     ids: Ids
     rows: Ids | None = None
     columns: Ids | None = None
     tied: bool = False
-    op: str = ""
+    place: Place = field(default_factory=Place)
 
 
 class Channels:
@@ -169,7 +172,7 @@ class Channels:
     def _fold(self, ids: Ids) -> tuple[Fold, bool]:
         key = _key(ids)
         if key not in self._fold_of:
-            fold = Fold(np.ascontiguousarray(ids), op=self.place.op)
+            fold = Fold(np.ascontiguousarray(ids), place=self.place)
             self.folds.append(fold)
             self._fold_of[key] = (fold, False)
         return self._fold_of[key]

@@ -303,7 +303,7 @@ def _in_tensors(units: Units, family: Family, signature: np.ndarray) -> bool:
 
 def _singles(units: Units, signature: np.ndarray) -> list[Family]:
     """Channels bound to no row or column: one family for each set of tensors they run through."""
-    free = np.flatnonzero(~units.bound & (signature != 0))
+    free = np.flatnonzero((units.fold_of < 0) & (signature != 0))
     families = []
     order = free[np.argsort(signature[free], kind="stable")]
     if not len(order):
@@ -322,7 +322,7 @@ def _bound_layers(groups: Groups) -> list[Ids]:
     for labels in groups.labels.values():
         for layer in labels.layers:
             classes = np.unique(units.label[layer.ids])
-            if units.bound[classes].any() and not (units.frozen[classes] >= 0).any():
+            if (units.fold_of[classes] >= 0).any() and not (units.frozen[classes] >= 0).any():
                 found[classes.tobytes()] = classes
     return list(found.values())
 

@@ -98,7 +98,7 @@ class Reader:
         """Say which call demands what is recorded from now on; None where none does."""
         self.channels.place = Place()
         if node is not None and node.op == "call_function":
-            self.channels.place = Place(op_name(node), location(node)[0], source_line(node))
+            self.channels.place = place_of(node)
 
     def _placeholder(self, node: fx.Node) -> Labels | None:
         value = node.meta.get("val")
@@ -221,6 +221,11 @@ class Reader:
             axis = 1 if call.op.startswith(("conv", "batch_norm", "group_norm", "instance")) else -1
             total = float(np.prod(shape)) / max(self.trace.batch, 1)
             self.activation[name] = total / max(shape[axis] if shape else 1, 1)
+
+
+def place_of(node: fx.Node) -> Place:
+    """Return the call of a node: its operator, the module that makes it, the line of code."""
+    return Place(op_name(node), location(node)[0], source_line(node))
 
 
 def op_name(node: fx.Node) -> str:

@@ -280,7 +280,7 @@ class Groups:
         return lines
 
 
-_KEEPS_STEP = Reason("must keep step with channels that cannot go")
+_KEEPS_STEP = "must keep step with channels that cannot go"
 _HEAD = ("group", "units", "tensors", "params", "MACs")
 _HELD = 8  # reasons; `Groups.held` has all
 
@@ -306,22 +306,37 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 def frozen_axes(groups: Groups, closures: Iterable[Ids]) -> Iterator[Frozen]:
     """List every axis with indices that no unit removes, once for each reason.
 
-    `closures`: the classes that go with the units of each family.
+    Of buffers those with channels of parameters: other axes of theirs are no channels. `closures`:
+    the classes that go with the units of each family.
     """
     units = groups.units
     movable = np.zeros(units.count, bool)
     for closure in closures:
         movable[closure] = True
     parameters = {name for name, _ in groups.model.named_parameters()}
-    why = groups.causes
+    weighed = np.zeros(units.count, bool)
+    for layer in (x for name in parameters for x in groups.labels[name].layers):
+        weighed[units.label[layer.ids]] = True
+    why, reasons = _told(units, groups.causes)
     for tensor, layer in ((t, x) for t in groups.labels for x in groups.labels[t].layers):
         classes = units.label[layer.ids]
-        stuck = ~movable[classes]
-        for number in np.unique(why[classes[stuck]]).tolist() if tensor in parameters else ():
+        stuck = ~movable[classes] & weighed[classes]
+        for number in np.unique(why[classes[stuck]]).tolist():
             mine = (stuck & (why[classes] == number)).reshape(-1, classes.shape[-1]).any(0)
-            cause = units.reasons[number] if number >= 0 else _KEEPS_STEP
-            at, count = cause.place, int(mine.sum())
+            cause, count = reasons[number], int(mine.sum())
+            at = cause.place
             yield Frozen(tensor, layer.owner, cause.text, count, at.op, at.path, at.source)
+
+
+def _told(units: Units, causes: Ids) -> tuple[Ids, list[Reason]]:
+    """Return for each class the number of a reason, and the reasons: what none holds back keeps
+    step with others, in the call that uses their axis as two.
+    """
+    known = len(units.reasons)
+    places = [*units.places, Place()]  # -1 is the last
+    step = np.where(units.fold_of >= 0, units.fold_of, len(places) - 1)
+    why = np.where(causes >= 0, causes, known + step)
+    return why, [*units.reasons, *(Reason(_KEEPS_STEP, place) for place in places)]
 
 
 def joined_kinds(families: Iterable[tuple[int, str]]) -> str:

@@ -21,7 +21,7 @@ from .graph import Step
 from .groups import Groups
 from .labels import Labels, Mask, alive_mask, axis_size, new_shape
 from .precision import widened
-from .trace import location
+from .trace import location, quiet_state
 
 
 class Reference(fx.Interpreter):
@@ -193,7 +193,7 @@ def first_difference(
         for path, module in small.named_modules()
         if path
     ]
-    with torch.no_grad():
+    with torch.no_grad(), quiet_state():
         try:
             small(*inputs[0], **inputs[1])
         finally:

@@ -65,7 +65,11 @@ class Template:
 
 
 class Disagreement(CPDError):
-    """One literal of a forward would need two values."""
+    """One literal of a forward would need two values; `path`: the module whose forward it is."""
+
+    def __init__(self, text: str, path: str = "") -> None:
+        super().__init__(text)
+        self.path = path
 
 
 class Replacements:
@@ -103,7 +107,12 @@ class Replacements:
 
     def at(self, alive: Mask) -> dict[str, Forward]:
         """Return path -> forward for live ids, where one must be replaced."""
-        found = {path: template.at(alive) for path, template in self.active.items()}
+        found = {}
+        for path, template in self.active.items():
+            try:
+                found[path] = template.at(alive)
+            except Disagreement as error:
+                raise Disagreement(str(error), path) from error
         return {path: forward for path, forward in found.items() if forward is not None}
 
     def template(self, path: str) -> Template | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention import CutMultiheadAttention
+from .attention import CutMultiheadAttention, without_nesting
 from .forward import Forward, adopt
 
 Attributes = Mapping[str, Mapping[str, Any]]
@@ -133,6 +133,8 @@ def _settle(
         if path in touched or isinstance(module, nn.MultiheadAttention):
             refresh(module)
     for part, training in modes:
+        if isinstance(part, nn.TransformerEncoder):
+            without_nesting(part)
         part.training = training
     _drop_caches(model)
     for path, forward in forwards.items():

@@ -71,12 +71,13 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 @contextmanager
-def quiet_state() -> Iterator[None]:
+def quiet_state(*, fused: bool = False) -> Iterator[None]:
     """Keep the random state, and make attention layers show their operators instead of a fused fast
-    path. What fake tensors cannot do is an error that is dealt with, and not printed besides.
+    path; with `fused` they do as they do for the caller. What fake tensors cannot do is an error
+    that is dealt with, and not printed besides.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(fast and fused)
     log = logging.getLogger("torch._subclasses.fake_tensor")
     quiet, log.disabled = log.disabled, True
     try:

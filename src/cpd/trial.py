@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .channels import Place
+from .graph import place_of
 from .groups import Groups
 from .labels import Mask, new_shape
 from .on_meta import OnMeta
@@ -37,16 +38,19 @@ from .units import Family
 @dataclass(frozen=True)
 class Failure:
     """What a trial ended with, the modules in whose code it did, from the inside out, and the
-    "file:line" of it.
+    "file:line" of it. `call`: the call of the traced graph, where no code failed.
     """
 
     text: str
     paths: tuple[str, ...] = ()
     source: str = ""
+    call: fx.Node | None = None
 
     @property
     def place(self) -> Place:
-        """Where it ended."""
+        """Where it ended, or the call of the graph that cannot follow."""
+        if self.call is not None:
+            return place_of(self.call)
         return Place("", "".join(self.paths[:1]), self.source)
 
 
@@ -254,10 +258,15 @@ def _runner(groups: Groups) -> Run:
     return run
 
 
+def _outputs(groups: Groups) -> list[fx.Node]:
+    """Return the calls whose tensors the network puts out."""
+    output: Any = next(iter(reversed(groups.trace.graph.nodes)))
+    nodes = [x for x in output.args[0] if isinstance(x, fx.Node)]
+    return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
 def _output_shapes(groups: Groups) -> list[tuple[int, ...]]:
-    output = next(iter(reversed(groups.trace.graph.nodes)))
-    values = [x.meta.get("val") for x in output.args[0] if hasattr(x, "meta")]
-    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
+    return [tuple(node.meta["val"].shape) for node in _outputs(groups)]
 
 
 def _run(
@@ -280,7 +289,7 @@ def _run(
     try:
         forwards = groups.replaced.at(of_ids)
     except Disagreement as error:
-        return Failure(str(error))
+        return Failure(str(error), call=_call_in(groups, error.path))
     apart = _disagreement(groups, of_ids) if expected is not None else None
     if apart is not None:
         return apart
@@ -296,18 +305,36 @@ def _run(
         return Failure(f"{type(error).__name__}: {text}", _failed_in(small, error), source)
     shapes = [tuple(x.shape) for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
     if expected is not None and sorted(shapes) != sorted(expected):
-        return Failure(f"puts out {shapes} instead of {expected}")
+        return Failure(f"puts out {shapes} instead of {expected}", call=_other(groups, shapes))
+    return None
+
+
+def _call_in(groups: Groups, path: str) -> fx.Node | None:
+    """Return the first call with literal sizes that a module makes, or any that it makes."""
+    steps = groups.replaced.steps.get(path, [])
+    return next((step.node for step in sorted(steps, key=lambda step: not step.sizes)), None)
+
+
+def _other(groups: Groups, shapes: list[tuple[int, ...]]) -> fx.Node | None:
+    """Return the call behind the first output whose shape the cut network does not put out."""
+    left = list(shapes)
+    for node in _outputs(groups):
+        shape = tuple(node.meta["val"].shape)
+        if shape not in left:
+            return node
+        left.remove(shape)
     return None
 
 
 def _disagreement(groups: Groups, of_ids: Mask) -> Failure | None:
     """Say where an attribute would need two values."""
-    made = {id(size): location(step.node)[0] for step in groups.steps for size in step.sizes}
+    made = {id(size): step.node for step in groups.steps for size in step.sizes}
     for site in groups.sites:
-        paths = dict.fromkeys(made[id(size)] for size in site.sizes)
+        calls = [made[id(size)] for size in site.sizes]
+        paths = dict.fromkeys(location(call)[0] for call in calls)
         if site.value(of_ids) is None and not groups.replaced.active.keys() >= paths.keys():
             text = f"{site.attribute} of {site.path or 'the network'} would need two values"
-            return Failure(text, tuple(paths))
+            return Failure(text, tuple(paths), call=calls[0])
     return None
 
 

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .channels import Channels, Fold, Ids, Reason, components
+from .channels import Channels, Fold, Ids, Place, Reason, components
 from .clusters import columns_of, equal_rows, in_step, relate, share_items
 
 KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups", "group channels")}
@@ -45,7 +44,8 @@ class Units:
     """The solution: `label[id]` is the class of an id; `reason(class)` why it stays, or None.
 
     `frozen` and `held` are places in `reasons`, or -1: a held class cannot go by itself, since the
-    width of its row stays or since it is bound to others that cannot.
+    width of its row stays or since it is bound to others that cannot. `fold_of`: where in `places`
+    the call is that binds a class to others last, or -1.
     """
 
     label: Ids
@@ -56,7 +56,8 @@ class Units:
     families: list[Family]
     below: dict[int, Ids]
     nonempty: list[Ids]
-    bound: NDArray[np.bool_]
+    fold_of: Ids
+    places: list[Place]
     multiples: list[tuple[Ids, int, Reason]] = field(default_factory=list)
     _closures: dict[int, Ids] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ class _Bound:
     items: Ids
     rows: Ids
     columns: Ids | None
-    op: str
+    place: Place
 
 
 def solve(channels: Channels) -> Units:
@@ -132,7 +133,7 @@ class _Solver:
         self.bounds = [self._bind(fold) for fold in channels.folds]
         self.reasons: list[Reason] = []
         self.frozen = self.held = np.empty(0, np.int64)
-        self.conflicts: list[Ids] = []
+        self.conflicts: list[tuple[Ids, Place]] = []
         self.blocks: set[int] = set()
         self.links: list[list[Ids]] = []
 
@@ -143,7 +144,7 @@ class _Solver:
         if fold.tied:
             fresh = fold.columns is None
             columns = self._fresh(items.shape[1]) if fresh else self.label[fold.columns]
-        return _Bound(items, rows, columns, fold.op)
+        return _Bound(items, rows, columns, fold.place)
 
     def _fresh(self, count: int) -> Ids:
         self.count += count
@@ -225,19 +226,20 @@ class _Solver:
 
     def _find_conflicts(self) -> None:
         row_of: dict[int, bytes] = {}
-        bad: set[bytes] = set()
+        bad: dict[bytes, Place] = {}
         rows: dict[bytes, Ids] = {}
-        for row in (row for bound in self.bounds for row in bound.items):
+        for place, row in ((bound.place, row) for bound in self.bounds for row in bound.items):
             items, counts = np.unique(row, return_counts=True)
             if len(items) == 1:
                 continue
             key = items.tobytes()
             rows[key] = items
             if len(set(counts.tolist())) > 1:
-                bad.add(key)
-            others = {row_of.setdefault(item, key) for item in items.tolist()} - {key}
-            bad |= {key, *others} if others else set()
-        self.conflicts = [rows[key] for key in bad]
+                bad.setdefault(key, place)
+            others = dict.fromkeys(row_of.setdefault(item, key) for item in items.tolist())
+            for other in (key, *others) if set(others) - {key} else ():
+                bad.setdefault(other, place)
+        self.conflicts = [(rows[key], place) for key, place in bad.items()]
 
     def freeze(self) -> None:
         """Spread the frozen: a row that keeps a channel stays, and so does a tied column."""
@@ -245,8 +247,8 @@ class _Solver:
         index: dict[Reason, int] = {}
         for ids, reason in self.channels.frozen:
             _fill(self.frozen, self.label[ids], index.setdefault(reason, len(index)))
-        overlap = Reason("rows of different partitions overlap")
-        for items in self.conflicts:
+        for items, place in self.conflicts:
+            overlap = Reason("rows of different partitions overlap", place)
             _fill(self.frozen, items, index.setdefault(overlap, len(index)))
         self.held = np.full(self.count, -1, dtype=np.int64)
         for ids, reason in self.channels.held:
@@ -276,13 +278,14 @@ class _Solver:
         families, bound_items = self._bundles()
         families += self._blocks(bound_items)
         nonempty = [np.unique(self.label[ids]) for ids in self.channels.nonempty]
-        bound = np.zeros(self.count, bool)
-        for fold in self.bounds:
+        fold_of = np.full(self.count, -1, np.int64)
+        for number, fold in enumerate(self.bounds):
             for classes in (fold.items, fold.rows, fold.columns):
                 if classes is not None:
-                    bound[classes] = True
+                    fold_of[classes] = number
         solved = (self.label, self.count, self.reasons, self.frozen, self.held)
-        return Units(*solved, families, below, nonempty, bound, self.channels.multiples)
+        folds = (fold_of, [bound.place for bound in self.bounds])
+        return Units(*solved, families, below, nonempty, *folds, self.channels.multiples)
 
     def _below(self) -> dict[int, Ids]:
         parts: dict[int, list[Ids]] = {}
@@ -361,11 +364,12 @@ class _Solver:
             return None, taken
         parts = in_step(clusters, known)
         if parts is None:
-            self._hold(np.array(sorted(taken), np.int64), Reason("bound to rows of other widths"))
+            reason = Reason("bound to rows of other widths", bounds[-1].place)
+            self._hold(np.array(sorted(taken), np.int64), reason)
             return None, taken
         free = tuple(part[self.frozen[part] < 0] for part in parts)
         of_blocks = any(int(item) in self.blocks for part in parts for item in part)
-        kinds = KINDS.get(_kind(bounds[0].op), ("heads", "head dims"))
+        kinds = KINDS.get(_kind(bounds[0].place.op), ("heads", "head dims"))
         family = Family(kinds[0 if of_blocks and not tied else 1], free, len(parts[0]))
         return (family if family.size else None), taken
 
@@ -380,7 +384,7 @@ class _Solver:
             free = blocks[self.frozen[blocks] < 0] if len(blocks) else blocks
             if len(blocks) > 1 and len(free) and blocks.tobytes() not in seen:
                 seen.add(blocks.tobytes())
-                kind = KINDS.get(_kind(bound.op), ("heads", "head dims"))[0]
+                kind = KINDS.get(_kind(bound.place.op), ("heads", "head dims"))[0]
                 if np.isin(blocks, bound.items).all():
                     kind = "channels"  # the rows are one channel each
                 families.append(Family(kind, (free,), len(blocks)))

@@ -95,6 +95,7 @@ def verify(
     wanted = _run(zeroed, args, kwargs) if exact else reference.outputs(args, kwargs)
     pairs = zip_longest(got, wanted, fillvalue=torch.empty(0))
     checks = {f"output {k}": _difference(a, b) for k, (a, b) in enumerate(pairs)}
+    checks.update(_fused_as_well(zeroed, cut_net, got, args, kwargs))
     checks.update(_one_sample((big, zeroed), cut_net, got, args, kwargs))
     checks.update(_sizes_agree(cut_net, plan))
     checks.update(_weights_agree(small, model, plan))
@@ -186,9 +187,11 @@ def _bears(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     return True
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, fused: bool = False
+) -> list[torch.Tensor]:
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    with torch.no_grad(), quiet_state(), widened(kind):
+    with torch.no_grad(), quiet_state(fused=fused), widened(kind):
         out = model(*args, **kwargs)
     return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
 
@@ -255,6 +258,44 @@ def _one_sample(
     result = _run(small, one_args, one_kwargs)
     pairs = zip(result, got, strict=True)
     return {"batch of 1": max(_difference(a, b[:1]) for a, b in pairs)}
+
+
+def _fused_as_well(
+    zeroed: nn.Module,
+    small: nn.Module,
+    got: list[torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, float]:
+    """With PyTorch's fused paths for attention, where the caller has them on, nothing changes.
+
+    Where they change the original's outputs (what is padded becomes zero) these are left out.
+    """
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    held = any(isinstance(module, kinds) for module in small.modules())
+    if not held or not torch.backends.mha.get_fastpath_enabled():
+        return {}
+    try:
+        plain, fast = (_run(zeroed, args, kwargs, fused=fused) for fused in (False, True))
+    except (RuntimeError, ValueError, AssertionError, TypeError):
+        return {}  # the original's fused path does not take this type
+    name = "with fused attention"
+    try:
+        mine = _run(small, args, kwargs, fused=True)
+    except Exception as error:  # noqa: BLE001 - a forward that fails is the finding
+        return {f"{name}: {type(error).__name__}: {error}"[:200]: float("nan")}
+    places = [_alike(a, b) for a, b in zip(plain, fast, strict=True)]
+    pairs = zip(mine, got, places, strict=True)
+    return {name: max((_difference(a[at], b[at]) for a, b, at in pairs), default=0.0)}
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mark the vectors of the last axis that are the same in both: all, where nothing differs."""
+    if _difference(a, b) <= _limit(a.dtype):
+        return torch.tensor(True)
+    if not a.is_floating_point() or a.ndim == 0:
+        return torch.tensor(False)
+    return ((a - b).abs() <= _limit(a.dtype) * a.abs().max()).all(-1)
 
 
 def _weights_agree(small: nn.Module, model: nn.Module, plan: Plan) -> dict[str, float]:

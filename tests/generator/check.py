@@ -93,7 +93,7 @@ def _check(
     assert proof, f"{proof}\n{told}"
     assert proof.max_error <= TIGHT
     assert cpd.costs.params(small) == plan.costs["params"][1], f"parameters\n{told}"
-    if exact == bool(wish["seed"] % 2):  # a trace of its own
+    if wish["seed"] % 4 == 0 and exact == bool(wish["seed"] % 8):  # it takes a trace more
         assert cpd.costs.macs(small, x) == plan.costs["macs"][1], f"MACs\n{told}"
     assert torch.equal(torch.get_rng_state(), state), "the random state moved"
     _shapes_are_the_plan(model, small, plan)

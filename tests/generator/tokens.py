@@ -212,7 +212,7 @@ def experts(shape: Shape, o: Any) -> Made:
     dim=(2, 3, 4),
     weights=(False, True),
     first=(True, False),
-    extra=("none", "bias_kv", "zero_attn", "kdim", "mask"),
+    extra=("none", "bias_kv", "zero_attn", "kdim", "mask", "padding"),
 )
 def multihead_attention(shape: Shape, o: Any) -> Made:
     """`nn.MultiheadAttention`, self or cross."""
@@ -233,11 +233,19 @@ def multihead_attention(shape: Shape, o: Any) -> Made:
         mask = None
         if o.extra == "mask":
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        z, weights = m.attn(y, memory, memory, need_weights=o.weights, attn_mask=mask)
+        pad = _padding(x) if o.extra == "padding" else None
+        masks = {"attn_mask": mask, "key_padding_mask": pad}
+        z, weights = m.attn(y, memory, memory, need_weights=o.weights, **masks)
         z = y + z if o.first else (y + z).transpose(0, 1)
         return z if weights is None else z + weights.mean((1, 2)).view(-1, 1, 1)
 
     return Then(run, **parts), shape.wide(inner)
+
+
+def _padding(x: torch.Tensor) -> torch.Tensor:
+    """Let the last place count as padding, where it is not the only one."""
+    length = x.shape[1]
+    return (torch.arange(length) >= max(length - 1, 1)).expand(x.shape[0], -1)
 
 
 @idiom(
@@ -245,7 +253,7 @@ def multihead_attention(shape: Shape, o: Any) -> Made:
     heads=(1, 2),
     dim=(2, 3),
     inner=WIDTHS,
-    how=("encoder", "encoder, norm first", "decoder"),
+    how=("encoder", "encoder, norm first", "decoder", "encoder, padded"),
 )
 def transformer_layer(shape: Shape, o: Any) -> Made:
     """Layers of `torch.nn`."""
@@ -256,6 +264,8 @@ def transformer_layer(shape: Shape, o: Any) -> Made:
 
     def run(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.embed(x)
+        if o.how == "encoder, padded":
+            return m.layer(y, src_key_padding_mask=_padding(y))
         return m.layer(y, y.flip(1)) if o.how == "decoder" else m.layer(y)
 
     return Then(run, embed=nn.Linear(shape.channels, inner), layer=layer), shape.wide(inner)
