@@ -501,6 +501,33 @@ def test_five_thousand_changed_files(part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": [' + "0," * (1 << 24) + "0]}", "letters"),
+        ('{"a": [' + "{}," * (1 << 20) + "0]}", "lists and mappings"),
+        ('{"a": [' + "999," * ((1 << 23) - 3) + "0]}", "no format|not a plan"),
+        ('{"a": ["' + "\U0001f600" * 1000 + '", ' + '"ab",' * 6000000 + "0]}", "not a plan"),
+    ],
+)
+def test_the_largest_plans_take_no_more_than_a_gigabyte(text: str, said: str) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + (1 << 30)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            with pytest.raises(errors.ArtefactError, match=said) as found:
+                Plan.from_json(text)
+            code = 3 if isinstance(found.value.__cause__, MemoryError) else 0
+        except BaseException:  # noqa: BLE001 - of the child, told to the parent
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"shapes": {"0.weight": [10**12, 3]}, "kept": {"0.weight": [[0], [10**12], "0"]}},

@@ -375,7 +375,7 @@ def test_a_full_disk_while_a_format_is_written(kind, tmp_path):
     def work():
         small_disk(1000)
         if kind == "int8":
-            exporters.int8(tmp_path / "plain.onnx", [x], tmp_path / "a.onnx")
+            exporters.int8(tmp_path / "plain.onnx", tmp_path / "a.onnx", batches=[x])
         else:
             ending = {"onnx": "onnx", "pt2": "pt2", "openvino": "xml"}[kind]
             getattr(exporters, kind)(model, x, tmp_path / f"a.{ending}")
