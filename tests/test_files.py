@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -131,20 +132,116 @@ def test_a_forged_forward_runs_nothing(
     assert not (tmp_path / "canary").exists()
 
 
+CODE = """
+from transformers import PretrainedConfig
+open({canary!r}, "w")
+class Config(PretrainedConfig):
+    model_type = "art"
+"""
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+VIT |= {"intermediate_size": 24, "hidden_act": "relu"}
+
+
 @pytest.mark.parametrize(
     ("noted", "said"),
     [
         ({"model": "os:getcwd"}, "only what you type is imported"),
+        ({"model": "hf:art/net", "model_args": {"trust_remote_code": True}}, "no network that hf"),
+        ({"model": "hf:art", "model_args": {"trust_remote_code": True}}, "no network that hf"),
+        ({"model": "hf:owner/name"}, "no network that hf lists"),
+        ({"model": "hf:../art/config.json"}, "no network that hf lists"),
+        ({"model": "hf:vit", "model_args": {"trust_remote_code": True}}, "trust_remote_code"),
+        ({"model": "hf:vit", "model_args": {"auto_map": {"AutoModel": "art--x.Y"}}}, "auto_map"),
+        ({"model": "hf:vit", "model_args": {"hidden_act": "../art/net"}}, "../art/net"),
+        ({"model": "hf:vit", "model_args": {"_attn_implementation": "owner/net"}}, "owner/net"),
+        ({"model": "hf:vit", "model_args": {"hidden_size": 10**12}}, "hidden_size"),
+        ({"model": "hf:vit", "model_args": ["hidden_size"]}, "model_args are list"),
+        ({"model": "timm:local-dir:art"}, "no network that timm lists"),
         ({"model": "timm:resnet18", "model_args": {"checkpoint_path": "x.pt"}}, "checkpoint_path"),
+        ({"model": "timm:resnet18", "model_args": {"checkpoint_path": 0}}, "checkpoint_path"),
+        ({"model": "timm:resnet18", "model_args": {"cache_dir": None}}, "cache_dir"),
+        ({"model": "timm:resnet18", "model_args": {"pretrained_cfg": {"file": "x"}}}, "x"),
+        ({"model": "torchvision:resnet18", "model_args": {"weights": "DEFAULT"}}, "weights"),
+        ({"model": "torchvision:resnet18", "model_args": {"pretrained": True}}, "pretrained"),
+        ({"model": "cpd:segformer_b0", "model_args": {"size": "b1"}}, "size"),
     ],
 )
+@pytest.mark.parametrize("place", [MANIFEST, "config.yaml"])
 def test_an_artefact_imports_nothing(
-    noted: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str,
+    noted: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from cpd.cli import main
 
-    (tmp_path / MANIFEST).write_text(json.dumps({"extra": noted}))
-    assert main(["export", str(tmp_path)]) == 2
+    monkeypatch.chdir(tmp_path)
+    for name in ("art", "art/net"):  # code that lies beside, as a copied folder may have it
+        Path(name).mkdir()
+        Path(name, "configuration.py").write_text(CODE.format(canary=str(tmp_path / "canary")))
+        head = {"model_type": "art", "auto_map": {"AutoConfig": "configuration.Config"}}
+        Path(name, "config.json").write_text(json.dumps(head))
+    Path("folder").mkdir()
+    held = {"extra": noted} if place == MANIFEST else noted
+    Path("folder", place).write_text(json.dumps(held))
+    assert main(["export", "folder"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not Path("canary").exists()
+
+
+def test_an_artefact_of_a_known_library_is_exported_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that came from a hub do not come from there again: the folder has its own."""
+    from cpd.cli import main
+    from cpd.cli.models import LIBRARIES, Source
+
+    seen, made = [], Source("hf:vit", VIT)()
+    pixels = {"pixel_values": torch.zeros(2, 3, 32, 32)}
+    small, plan = cpd.prune(made, pixels, target="params=0.8")
+    note = {"model": "hf:vit", "model_args": VIT}
+    cpd.save(small, plan, tmp_path / "hf", extra=note)
+    assert main(["export", str(tmp_path / "hf"), "--kind", "pt2"]) == 0
+    note = {"model": "timm:any", "model_args": {"pretrained": True, "num_classes": 3}}
+    cpd.save(small, plan, tmp_path / "timm", extra=note)
+
+    def make(name: str, args: dict[str, Any]) -> nn.Module:
+        seen.append(args)
+        return made
+
+    monkeypatch.setitem(LIBRARIES, "timm", make)
+    assert main(["export", str(tmp_path / "timm"), "--kind", "pt2"]) == 0
+    assert seen == [{"num_classes": 3}]
+
+
+BOMB = "a: &a [1]\n" + "".join(
+    f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n"
+    for old, new in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.yaml", "#" * (1 << 18) + "\n", "is larger than"),
+        (MANIFEST, " " * (1 << 20) + "{}", "is larger than"),
+        ("config.yaml", BOMB + "model: *i\n", "refers to parts of itself"),
+        ("config.yaml", "a: &a {b: 1}\nmodel: {<<: [*a, *a]}\n", "refers to parts of itself"),
+        ("config.yaml", "model: 1-1-1\na: !!python/object/apply:os.getcwd []\n", "cannot be read"),
+        ("config.yaml", "[" * 100000, "nested too deep"),
+        (MANIFEST, "[" * 100000, "cannot be read"),
+        (MANIFEST, "{", "cannot be read"),
+    ],
+)
+def test_notes_of_a_folder_are_read_within_bounds(
+    name: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cpd.cli import main
+
+    (tmp_path / name).write_text(text)
+    assert main(["export", str(tmp_path)]) == 6
     assert said in " ".join(capsys.readouterr().err.split())
 
 
@@ -401,6 +498,33 @@ def test_changed_files_are_refused_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", range(10))
 def test_five_thousand_changed_files(part: int, tmp_path: Path) -> None:
     fuzzed(tmp_path, range(200 + 500 * part, 700 + 500 * part))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": [' + "0," * (1 << 24) + "0]}", "letters"),
+        ('{"a": [' + "{}," * (1 << 20) + "0]}", "lists and mappings"),
+        ('{"a": [' + "999," * ((1 << 23) - 3) + "0]}", "no format|not a plan"),
+        ('{"a": ["' + "\U0001f600" * 1000 + '", ' + '"ab",' * 6000000 + "0]}", "not a plan"),
+    ],
+)
+def test_the_largest_plans_take_no_more_than_a_gigabyte(text: str, said: str) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + (1 << 30)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            with pytest.raises(errors.ArtefactError, match=said) as found:
+                Plan.from_json(text)
+            code = 3 if isinstance(found.value.__cause__, MemoryError) else 0
+        except BaseException:  # noqa: BLE001 - of the child, told to the parent
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(

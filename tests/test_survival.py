@@ -328,6 +328,62 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, tmp_path):
     agrees(whole, folder)
 
 
+def small_disk(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def refused_as(work):
+    """In a process of its own: 5 where an OutputError names the path, 6 where it does not."""
+
+    def tried():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            work()
+        except errors.OutputError as error:
+            os._exit(5 if "cannot write" in str(error) and "large" in str(error) else 6)
+
+    return waited(forked(tried))
+
+
+def test_a_full_disk_while_base_weights_and_the_artefact_are_written(whole, tmp_path, monkeypatch):
+    from cpd.compress import journal
+    from cpd.exporters import artefact
+
+    for number, (place, name) in enumerate([(journal, "save_file"), (artefact, "write")]):
+        folder, call = tmp_path / str(number), getattr(place, name)
+
+        def full(*args, call=call, **options):
+            small_disk(500)
+            call(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            assert refused_as(lambda folder=folder: compress(normed(), **given(folder))) == 5
+        agrees(whole, folder)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "openvino", "int8"])
+def test_a_full_disk_while_a_format_is_written(kind, tmp_path):
+    """ExportError says that the network is at fault; this is the disk's."""
+    from cpd import exporters
+
+    if kind == "openvino":
+        pytest.importorskip("openvino")
+    model, x = normed().eval(), torch.randn(2, 3, 8, 8)
+    exporters.onnx(model, x, tmp_path / "plain.onnx")
+
+    def work():
+        small_disk(1000)
+        if kind == "int8":
+            exporters.int8(tmp_path / "plain.onnx", tmp_path / "a.onnx", batches=[x])
+        else:
+            ending = {"onnx": "onnx", "pt2": "pt2", "openvino": "xml"}[kind]
+            getattr(exporters, kind)(model, x, tmp_path / f"a.{ending}")
+
+    assert refused_as(work) == 5
+    assert not list(tmp_path.glob("a.*"))
+
+
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     def refused(*args, **options):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))

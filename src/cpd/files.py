@@ -7,17 +7,32 @@ its target, which the operating system does in one step.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
 from cpd.errors import OutputError
 
-__all__ = ["TEMPORARY", "publish", "refusal", "staging", "swept", "write_text"]
+__all__ = [
+    "TEMPORARY",
+    "publish",
+    "refusal",
+    "save_file",
+    "staging",
+    "swept",
+    "unwritten",
+    "write_text",
+]
 
 TEMPORARY = ".cpd-"
+_PROBE = 1 << 16  # bytes
 
 
 def refusal(path: Path, error: OSError) -> OutputError:
@@ -28,6 +43,45 @@ def refusal(path: Path, error: OSError) -> OutputError:
         f"cannot write {path}: {reason}{at}. Choose a path inside a folder that exists or can be "
         "made, that you may write to, and that has space left."
     )
+
+
+def unwritten(draft: Path, target: Path, error: BaseException) -> OutputError | None:
+    """Why ``draft`` is not whole, where the disk is at fault and not what was written; else None.
+
+    Libraries in C++ do not say so in a way of their own, so more is written where they stopped.
+    """
+    held: BaseException | None = error
+    while held is not None:
+        if isinstance(held, OSError):
+            return refusal(target, held)
+        held = held.__cause__ or held.__context__
+    try:
+        with draft.open("ab") as stream:
+            stream.write(bytes(_PROBE))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as refused:
+        return refusal(target, refused)
+    return None
+
+
+def save_file(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, where a disk at fault is an ``OSError`` as with any other file.
+
+    Raises:
+        OSError: the disk is full or refuses it. SafetensorError, ValueError, RuntimeError: the
+            tensors cannot be written so.
+    """
+    try:
+        safetensors.save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextmanager

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .groups import Groups
 
 FORMAT = 3
+_LONGEST = 1 << 25  # letters of a file; a large plan (of 200 layers, 20 M weights) has a million
+_NESTED = 1 << 19  # lists and mappings in it: each takes many times its letters
 _MOST = 1 << 27  # entries of all masks of a plan: a file may not ask for more memory
 _NO_PLAN = (
     ValueError,
@@ -200,7 +202,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Return the plan of a JSON text. Raises `ArtefactError` where it is none."""
         try:
-            return _from_dict(json.loads(text))
+            return _from_dict(json.loads(_bounded(text)))
         except _NO_PLAN as error:
             raise ArtefactError(
                 f"this is not a plan of format {FORMAT}: {type(error).__name__}: {error}. "
@@ -219,6 +221,17 @@ class Plan:
             if w.before != w.after
         ]
         return "\n".join(lines)
+
+
+def _bounded(text: str) -> str:
+    """The text, unless reading it could take more memory than any plan needs."""
+    nested = text.count("[") + text.count("{")
+    if len(text) > _LONGEST or nested > _NESTED:
+        raise ValueError(
+            f"{len(text)} letters with {nested} lists and mappings; a plan has at most {_LONGEST} "
+            f"and {_NESTED}"
+        )
+    return text
 
 
 def _new(name: str, taken: Collection[str]) -> str:

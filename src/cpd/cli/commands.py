@@ -109,14 +109,12 @@ class Shell:
             batches: for int8, batches to take ranges from.
             batch_size: for int8, samples of each.
         """
-        from cpd import exporters
         from cpd.cli.formats import FORMATS, calibration, written
-        from cpd.plan import Plan
+        from cpd.exporters.artefact import opened
         from cpd.verify import inputs_like
 
         source = noted(Path(folder), model, model_args)
-        network = exporters.load(folder, made(source))
-        plan = Plan.from_json((Path(folder) / "plan.json").read_text(encoding="utf-8"))
+        network, plan = opened(folder, made(source))
         path = Path(to) if to is not None else Path(folder) / FORMATS.get(kind, "model")
         args, kwargs = inputs_like(plan)
 

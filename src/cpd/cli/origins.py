@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpd.cli.models import LIBRARIES, Source, named
+from cpd.cli import trusted
+from cpd.cli.models import Source, named
 from cpd.distill import isolated
 from cpd.errors import InputError
 
@@ -36,40 +37,22 @@ def made(source: Source, weights: str | None = None, seed: int = 0) -> nn.Module
 
 
 def noted(folder: Path, model: str | None, model_args: dict[str, Any] | None) -> Source:
-    """Where the network of an artefact came from: as typed, or as the folder says."""
-    from cpd.cli.flags import read
-
-    if model is not None:
-        return Source(model, model_args or {})
-    for name, inside in (("config.yaml", None), ("manifest.json", "extra")):
-        if not (folder / name).is_file():
-            continue
-        found: Any = read(folder / name)
-        found = found if inside is None else found.get(inside, {})
-        if isinstance(found, dict) and found.get("model"):
-            return _trusted(folder, found, model_args)
-    raise InputError(f"{folder} does not say where its network comes from; give --model")
-
-
-def _trusted(folder: Path, found: dict[str, Any], model_args: dict[str, Any] | None) -> Source:
-    """The network that a folder names: of a known library, made with plain numbers.
+    """Where the network of an artefact came from: as typed, or as the folder says.
 
     Raises:
-        InputError: the folder names code that would be imported, or texts that may name files.
+        InputError: the folder does not say, or names what has to be typed.
+        ArtefactError: what says it in the folder is damaged or too large.
     """
-    spec = str(found["model"])
-    if spec.partition(":")[0] not in LIBRARIES:
-        raise InputError(
-            f"{folder} names {spec!r}, which is code of your own: only what you type is imported. "
-            f"Give --model {spec} if you trust it"
-        )
-    plain: Any = model_args if model_args is not None else found.get("model_args") or {}
-    if model_args is None:
-        for key, value in dict(plain).items():
-            entries = value if isinstance(value, list) else [value]
-            if not all(isinstance(entry, int | float | None) for entry in entries):
-                raise InputError(
-                    f"{folder} makes its network with {key}={value!r}, which may name a file: only "
-                    f"what you type is read. Give --model {spec} and its --model_args"
-                )
-    return Source(spec, dict(plain))
+    if model is not None:
+        return Source(model, model_args or {})
+    for name, inside in (("manifest.json", "extra"), ("config.yaml", None)):
+        if not (folder / name).is_file():
+            continue
+        found: Any = trusted.notes(folder / name)
+        if inside is not None:
+            found = found.get(inside) if isinstance(found, dict) else None
+        if isinstance(found, dict) and found.get("model"):
+            args = {} if model_args is None else {"model_args": None}  # typed ones take their place
+            spec, args = trusted.network(folder, {**found, **args})
+            return Source(spec, args if model_args is None else model_args)
+    raise InputError(f"{folder} does not say where its network comes from; give --model")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cpd.compress.config import CompressConfig
 from cpd.distill import Loop, exists, newest, write
 from cpd.errors import ArtefactError, InputError, NonFiniteLoss, OutputError
-from cpd.files import TEMPORARY, publish, refusal, staging, swept, write_text
+from cpd.files import TEMPORARY, publish, refusal, save_file, staging, swept, write_text
 
 __all__ = ["Journal", "load_weights"]
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cpd.errors import ArtefactError, InputError, OutputError
-from cpd.files import publish, staging
+from cpd.files import publish, save_file, staging
 
 __all__ = ["exists", "newest", "pack", "previous", "read", "unpack", "write"]
 
@@ -85,7 +84,7 @@ def write(path: str | os.PathLike[str], value: Any, *, generations: bool = False
         draft = temporary / path.name
         try:
             save_file(tensors, draft, metadata=head)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"cannot write the checkpoint {path}: {error}. The one before is intact; make "
                 "room, or choose another folder"

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cpd.errors import ArtefactError, ExportError
+from cpd.files import save_file
 
 __all__ = ["MANIFEST", "PLAN", "TENSORS", "Stored", "assign", "collect", "read", "write"]
 
@@ -67,7 +67,11 @@ def collect(model: nn.Module) -> Stored:
 
 
 def write(stored: Stored, path: Path) -> None:
-    """Write ``stored`` to ``path`` as safetensors, aliases and orders as JSON in its metadata."""
+    """Write ``stored`` to ``path`` as safetensors, aliases and orders as JSON in its metadata.
+
+    Raises:
+        OSError: the disk is full or refuses it. ExportError: the tensors cannot be written so.
+    """
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in stored.tensors.items():

@@ -26,10 +26,10 @@ from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS, Stored, assign, coll
 from cpd.files import publish, refusal, staging
 from cpd.plan import Plan
 
-__all__ = ["load", "save"]
+__all__ = ["load", "opened", "save"]
 
 FORMAT = 1
-_LIMITS = {MANIFEST: 1 << 20, PLAN: 1 << 28}  # bytes
+_LIMITS = {MANIFEST: 1 << 20, PLAN: 1 << 25}  # bytes
 _AGAIN = "Copy the whole folder again, or write it again with cpd.save."
 
 
@@ -82,6 +82,18 @@ def save(
     return folder
 
 
+def opened(folder: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, Plan]:
+    """What :func:`load` gives, and the plan beside it."""
+    folder = Path(folder)
+    _check_files(folder, _read_manifest(folder))
+    plan = _read_plan(folder)
+    plan.check(model)
+    _check_attributes(folder / PLAN, plan, model)
+    small = _cut(folder / PLAN, plan, model)
+    assign(small, read(folder / TENSORS, small))
+    return small, plan
+
+
 def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """The cut network in ``folder``, rebuilt from the unpruned architecture.
 
@@ -98,14 +110,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             do not fit. Nothing is loaded then.
         PlanMismatch: the plan was made for another model than ``model``.
     """
-    folder = Path(folder)
-    _check_files(folder, _read_manifest(folder))
-    plan = _read_plan(folder)
-    plan.check(model)
-    _check_attributes(folder / PLAN, plan, model)
-    small = _cut(folder / PLAN, plan, model)
-    assign(small, read(folder / TENSORS, small))
-    return small
+    return opened(folder, model)[0]
 
 
 # Writing
@@ -166,8 +171,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 # Reading
 
 
-def _read_limited(path: Path) -> Any:
-    """The JSON object in ``path``; refuses what is missing, too large or not a JSON object."""
+def _bytes(path: Path) -> bytes:
+    """What is in ``path``; refuses what is missing or too large."""
     try:
         with path.open("rb") as stream:
             data = stream.read(_LIMITS[path.name] + 1)
@@ -177,9 +182,15 @@ def _read_limited(path: Path) -> Any:
         ) from error
     if len(data) > _LIMITS[path.name]:
         raise ArtefactError(f"{path} is larger than {_LIMITS[path.name]} bytes: not an artefact.")
+    return data
+
+
+def _read_limited(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; refuses what is missing, too large or not a JSON object."""
+    data = _bytes(path)
     try:
         content = json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise ArtefactError(f"{path} is not valid JSON: {error}. {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ArtefactError(f"{path} holds no JSON object: it was not written by cpd.save.")
@@ -226,9 +237,8 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _read_plan(folder: Path) -> Plan:
     path = folder / PLAN
-    _read_limited(path)
     try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
+        return Plan.from_json(_bytes(path).decode())
     except CPDError as error:
         raise ArtefactError(f"{path} holds no usable plan: {error}") from error
     except (

@@ -12,7 +12,7 @@ from torch import nn
 
 from cpd.errors import ArtefactError, ExportError, InputError
 from cpd.exporters._call import brief, quiet
-from cpd.files import publish, staging
+from cpd.files import publish, staging, unwritten
 
 __all__ = ["Running", "int8"]
 
@@ -55,6 +55,8 @@ def int8(
             _quantized(source, plain, draft, feeds, (per_channel, reduce_range))
             Running(draft)(*(torch.from_numpy(array) for array in feeds[0]))
         except Exception as error:  # ONNX Runtime raises classes of its own C++ side
+            if full := unwritten(draft, path, error):
+                raise full from error
             raise ExportError(f"{source} cannot be quantized: {brief(error)}") from error
         publish(draft, path)
     return path

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from cpd.errors import ExportError
 from cpd.exporters._call import Call, agreed, brief, evaluation, prepared, quiet, traced
-from cpd.files import publish, staging
+from cpd.files import publish, staging, unwritten
 
 __all__ = ["openvino"]
 
@@ -60,6 +60,8 @@ def openvino(
                 converted = library.convert_model(program)
                 library.save_model(converted, draft, compress_to_fp16=False)
             except Exception as error:  # classes of its own C++ side
+                if full := unwritten(draft.with_suffix(".bin"), path, error):
+                    raise full from error
                 raise ExportError(f"OpenVINO cannot convert the network: {brief(error)}") from error
             for each in calls if check else ():
                 agreed(model, each, _run(library, draft, each))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ExportError
 from cpd.exporters._call import agreed, brief, evaluation, prepared, quiet, tensors_of, traced
-from cpd.files import publish, staging
+from cpd.files import publish, staging, unwritten
 
 __all__ = ["pt2"]
 
@@ -56,6 +56,8 @@ def pt2(
                 torch.export.save(program, draft)
                 again: Any = torch.export.load(draft).module() if check else None
             except Exception as error:  # torch's own tree of errors changes
+                if full := unwritten(draft, path, error):
+                    raise full from error
                 raise ExportError(f"the graph cannot be written: {brief(error)}") from error
             for each in calls if check else ():
                 agreed(model, each, tensors_of(again(*each[0], **each[1])))

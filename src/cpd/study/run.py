@@ -8,14 +8,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from safetensors.torch import save_file
-
 from cpd import data as data_shelf
 from cpd.compress import CompressConfig, compress, plain
 from cpd.compress.run import built
 from cpd.distill import distill, isolated, snapshot
 from cpd.errors import InputError, UnknownName
-from cpd.files import publish, staging, write_text
+from cpd.files import publish, save_file, staging, write_text
 from cpd.report import Report
 from cpd.study.costs import costed
 from cpd.study.grid import Cell, Study, laid, names_in
