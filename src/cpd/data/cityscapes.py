@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,9 +41,10 @@ def cityscapes(
     Source: M. Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", CVPR
     2016.
     """
-    if not isinstance(size, tuple | list) or len(size) != 2:
+    given: Any = size  # of a recipe, where anything may stand
+    if not isinstance(given, tuple | list) or len(given) != 2:
         raise InputError(f"size must be (height, width) of the training crops, got {size!r}.")
-    high, wide = size
+    high, wide = given
     pixels(height=high, width=wide, scale=scale)
     files = {part: _partners(root, part) for part in ("train", "val")}
     named = {
