@@ -94,11 +94,36 @@ class Words(nn.Module):
         return self.head(self.gru(self.lstm(self.table(words))[0])[0].mean(1))
 
 
+class Mixed(nn.Module):
+    """What is left: transposed grouped convolutions, two channels for each that is read, attention
+    over others' keys, both directions of a recurrent layer, a cell.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.wide, self.up = nn.Conv2d(12, 12, 1), nn.ConvTranspose2d(12, 8, 2, 2, groups=2)
+        self.other = nn.Linear(6, 10)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=10, vdim=10, batch_first=True)
+        self.lstm = nn.LSTM(8, 5, bidirectional=True, batch_first=True)
+        self.cell, self.head = nn.GRUCell(10, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.elu(self.stem(x))
+        keys = torch.tanh(self.other(x.flatten(2).transpose(1, 2)))
+        x = F.elu(self.up(F.elu(self.wide(F.elu(self.twice(x))))))
+        x = x.mean(2).transpose(1, 2)
+        x = x + self.attention(x, keys, keys, need_weights=False)[0]
+        x = self.lstm(x)[0]
+        return self.head(self.cell(x[:, 0], self.cell(x[:, 1])))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "tokens": Tokens,
     "layer": Layer,
     "words": Words,
+    "mixed": Mixed,
 }
 
 

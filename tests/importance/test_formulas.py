@@ -418,6 +418,32 @@ def test_statistics_of_recurrent_layers(options: dict[str, int]) -> None:
     torch.testing.assert_close(kept["variance"][found.name][index], variance)
 
 
+def test_statistics_of_projections_that_lie_apart_count_their_bias() -> None:
+    """Queries, keys and values of a layer that reads others' keys; queries and keys together."""
+    model, groups, x = network("mixed"), combed("mixed"), images()
+    layer, kept = model.attention, []
+    handle = layer.register_forward_pre_hook(lambda _, args: kept.extend(args))
+    model(x)
+    handle.remove()
+    found = collect("activation", model, groups, [x], loss)["attention"]
+    biases = layer.in_proj_bias.chunk(3)
+    made = {
+        letter: F.linear(value, getattr(layer, f"{letter}_proj_weight"), bias).abs().mean((0, 1))
+        for letter, value, bias in zip("qkv", kept, biases, strict=True)
+    }
+    both = (made["q"] + made["k"]) / 2
+    for letter, wanted in (("q", both), ("k", both), ("v", made["v"])):
+        index = index_of(groups, f"attention.{letter}_proj_weight")
+        torch.testing.assert_close(found[index], wanted.detach())
+
+
+def index_of(groups: cpd.Groups, tensor: str) -> torch.Tensor:
+    """Return the channel of each row that a tensor makes."""
+    every = (m for group in groups for m in group.members)
+    (rows,) = (m.channel for m in every if m.tensor == tensor and m.role == "out")
+    return torch.from_numpy(rows.reshape(-1))
+
+
 def test_outputs_of_recurrent_layers_that_no_layer_reads() -> None:
     """Also of sequences of unequal length, whose padding does not count."""
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence

@@ -165,13 +165,12 @@ def _projecting(place: Place, take: Taken) -> Callable[..., None]:
         with torch.no_grad():
             parts = []
             for number, letter in enumerate("qkv"):
-                x = named[("query", "key", "value")[number]]
+                x, bias = named[("query", "key", "value")[number]], layer.in_proj_bias
+                bias = None if bias is None else bias.chunk(3)[number]
                 if place.leaf == f"{letter}_proj_weight":
-                    parts = [F.linear(x, getattr(layer, place.leaf))]
+                    parts = [F.linear(x, getattr(layer, place.leaf), bias)]
                     break
                 if place.leaf == "in_proj_weight":
-                    bias = layer.in_proj_bias
-                    bias = None if bias is None else bias.chunk(3)[number]
                     parts.append(F.linear(x, layer.in_proj_weight.chunk(3)[number], bias))
             for part in _joined(parts):
                 take(place, part, part.ndim - 1)
