@@ -17,6 +17,7 @@ from torch import nn
 
 import cpd
 from cpd.cli import main
+from cpd.comb import finish
 from cpd.errors import OutputError
 from cpd.explain.value import Explanation
 from cpd.groups import joined_kinds
@@ -245,6 +246,16 @@ def test_partitions_that_overlap_are_named_by_the_call_that_parts_anew() -> None
     assert kept.source.endswith(line_of(Normed, "self.thirds(x)"))
 
 
+def test_what_no_reason_holds_is_named_by_the_call_that_binds_it() -> None:
+    """Families taken away by hand, as where rows fit no common unit."""
+    groups = cpd.comb(nn.Sequential(Turned()), torch.randn(2, 5, 12))
+    groups.units.families = []
+    kept = [k for k in finish(groups).kept if k.reason.startswith("must keep step")]
+    assert kept
+    assert {k.op for k in kept} == {"view"}
+    assert all(k.paths == ("0",) and "test_explain.py:" in k.source for k in kept)
+
+
 def test_outputs_of_other_shapes_are_named_by_what_makes_them() -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
@@ -299,6 +310,41 @@ def test_heads_are_what_an_attention_keeps_apart() -> None:
     shuffle = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.Conv2d(8, 3, 1))
     (group,) = cpd.comb(shuffle, IMAGE)
     assert not {"heads", "head dims"} & {family.kind for family in group.families}
+
+
+def test_dims_of_query_and_key_and_of_value_are_two_families() -> None:
+    """Three layers of their own, each seen as heads by a view with -1: dims go apart."""
+
+    class Apart(Turned):
+        def turned(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    groups = cpd.comb(Apart(), torch.randn(2, 5, 12))
+    kinds = [(f.width, f.kind) for group in groups for f in group.families]
+    assert sorted(kinds) == [(3, "heads"), (4, "head dims"), (4, "head dims")]
+    (group,) = groups
+    query, value = (f for f in group.families if f.kind == "head dims")
+    classes = [set(groups.units.label[groups.labels[f"{n}.weight"].layers[0].ids].ravel().tolist())
+               for n in "qkv"]  # fmt: skip
+    dims = [set().union(*(c.tolist() for c in f.clusters)) for f in (query, value)]
+    assert [[bool(mine & d) for mine in classes] for d in dims] == [
+        [True, True, False], [False, False, True],
+    ]  # fmt: skip
+
+
+def test_packed_sequences_are_refused_with_the_reason() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(5, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lengths = torch.tensor([5, 3])
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+    with pytest.raises(cpd.TraceError, match=r"Packed runs on \[\(2, 5, 5\)\] but torch.export"):
+        cpd.comb(Packed(), torch.randn(2, 5, 5))
 
 
 def test_heads_that_stay_hold_back_their_dims() -> None:

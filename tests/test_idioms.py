@@ -1122,6 +1122,15 @@ def _() -> nn.Module:
     return hidden(nn.LSTM(6, 8, 2, bidirectional=True, batch_first=True), 16)
 
 
+@idiom(
+    "nn.LSTM with dropout between layers",
+    tokens(5),
+    "rnn.weight_ih_l0 0, rnn.weight_ih_l1 1, rnn.weight_hh_l1 1, b.weight 1",
+)
+def _() -> nn.Module:
+    return hidden(nn.LSTM(6, 8, 2, dropout=0.5, batch_first=True), 8)
+
+
 @idiom("nn.LSTM with projection", tokens(5), "rnn.weight_ih_l0 0, rnn.weight_hr_l0 1, b.weight 1")
 def _() -> nn.Module:
     return hidden(nn.LSTM(6, 12, proj_size=3), 3)

@@ -168,3 +168,27 @@ def test_tied_embeddings_stay_tied() -> None:
     small, plan = cpd.prune(model, inputs, importance="random", target="params=0.6")
     assert small.lm_head.weight is small.model.embed_tokens.weight
     assert plan.costs["params"][1] == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.slow
+def test_layers_as_wide_as_those_of_seven_billion_parameters_are_planned_without_weights() -> None:
+    """Two layers of Llama-2-7B's width: 667 million parameters, of which no byte is held."""
+    import resource
+
+    sizes = {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 32,
+    }  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+        inputs = {"input_ids": torch.zeros(1, 16, dtype=torch.long), "use_cache": False}
+    groups = cpd.comb(model, inputs)
+    scores = {g.name: torch.rand(g.size) for g in groups}
+    plan = cpd.choose(groups, scores, "params=0.7")
+    whole, left = plan.costs["params"]
+    assert whole == sum(p.numel() for p in model.parameters()) == 666_914_816
+    assert 0.69 < left / whole <= 0.7
+    assert {"heads", "head dims", "channels"} <= {w.family for w in plan.widths}
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert grown < 600 << 20  # the weights would be 2.5 GiB

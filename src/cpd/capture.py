@@ -1,8 +1,9 @@
 """Capture: a module's own forward as data, with its children as leaves.
 
-The forward runs on fake tensors, in evaluation and in training mode. Axes that change with the
-batch or the resolution are symbols, so that the calls read them from their inputs; every other size
-is a number. What depends on the type of the inputs is found by running once more in float64.
+The forward runs on fake tensors, in evaluation and in training mode. A size that changes with the
+batch or the resolution is a row of values (`symbols`), one for each run that was recorded, so that
+the calls read it from their inputs; every other size is a number. What depends on the
+type of the inputs is found by running once more in float64.
 """
 
 from __future__ import annotations

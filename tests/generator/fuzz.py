@@ -36,9 +36,9 @@ HEAD = """# Random networks
 
 Written by `make fuzz`. Each network is combed with `exact=True` and without, cut by a random plan
 at a random target, and held to all laws: proof ≤ 1e-9 in float64, equal to the zeroed network
-at other batch sizes and in training mode, parameters as predicted and, of every fourth network, MACs
-(they take a trace more), shapes as planned, the empty plan, copies, JSON, gradients, and nothing
-left behind on the model or the random state.
+at other batch sizes and in training mode, parameters as predicted (MACs too, of every fourth
+network: it takes one more trace), shapes as planned, the empty plan, copies, JSON, gradients, and
+nothing left behind on the model or the random state.
 """
 
 
