@@ -23,25 +23,45 @@ SPECS: list[Any] = [
     "variance",
     "wanda",
 ]
+DRAWN: list[Any] = [{"hutchinson": {"kind": "diagonal", "seed": 3}}]  # begins its draws anew
 KINDS = ("residual", "layer")
 
 
-def scores(spec: Any, kind: str, x: torch.Tensor, world: int) -> dict[str, torch.Tensor]:
-    """Scores of the mean loss over a share of a batch, gradients averaged over processes."""
+def scores(
+    spec: Any, kind: str, batches: list[torch.Tensor], world: int, *, broken: bool = False
+) -> dict[str, torch.Tensor]:
+    """Scores of mean losses over shares of batches, gradients averaged over processes.
+
+    ``broken``: after each batch another run goes on, from what the first process would have saved.
+    """
     model, importance = network(kind), resolve(spec)
     importance.start(model, combed(kind))
-    value = model(x).square().sum() / len(x)
-    if hasattr(importance, "before_backward"):
-        importance.before_backward(value)
-    value.backward()
-    if world > 1:
-        for parameter in model.parameters():
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= world
-    importance.observe()
+    for x in batches:
+        model.zero_grad()
+        value = model(x).square().sum() / len(x)
+        if hasattr(importance, "before_backward"):
+            importance.before_backward(value)
+        value.backward()
+        if world > 1:
+            for parameter in model.parameters():
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world
+        importance.observe()
+        if broken:
+            state = [importance.state()]
+            torch.distributed.broadcast_object_list(state)
+            importance.close()
+            importance = resolve(spec)
+            importance.start(model, combed(kind))
+            importance.load_state(state[0])
     found = importance.scores()
     importance.close()
     return found
+
+
+def shares(rank: int = 0, world: int = 1) -> list[torch.Tensor]:
+    """What one of the processes gets of two batches."""
+    return [batch[rank::world] for batch in images(12).split(6)]
 
 
 def main(rank: int, folder: Path) -> None:
@@ -55,8 +75,11 @@ def main(rank: int, folder: Path) -> None:
     found = {}
     for number, spec in enumerate(SPECS):
         for kind in KINDS:
-            for name, vector in scores(spec, kind, images(6)[rank::2], 2).items():
+            for name, vector in scores(spec, kind, shares(rank, 2)[:1], 2).items():
                 found[f"{number} {kind} {name}"] = vector
+            if spec not in DRAWN:
+                for name, vector in scores(spec, kind, shares(rank, 2), 2, broken=True).items():
+                    found[f"{number} {kind} {name} resumed"] = vector
     if rank == 0:
         save_file(found, folder / "scores")
     torch.distributed.destroy_process_group()
