@@ -414,6 +414,40 @@ def test_no_memory_says_what_needs_less(error, whole, tmp_path):
     agrees(whole, folder)
 
 
+def test_no_memory_and_a_dead_worker_in_the_last_evaluation_say_so(monkeypatch):
+    from cpd.distill import Loop
+
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1, "evaluate_every": 0}
+    raised = [
+        (torch.OutOfMemoryError("CUDA out of memory"), errors.OutOfMemory),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), errors.DataError),
+    ]
+    for error, kind in raised:
+
+        def evaluate(self, error=error):
+            raise error
+
+        monkeypatch.setattr(Loop, "_evaluate", evaluate)
+        with pytest.raises(kind, match=r"at step 6 of 6"):
+            distill(normed(), data=Data(), options=options)
+
+
+def test_a_signal_to_another_process_ends_a_stage_on_all(monkeypatch):
+    """Else the others would begin the next stage and wait there for ever."""
+    from types import SimpleNamespace
+
+    from cpd.distill import Stopper, Stops
+
+    stops = Stops(active=True)
+    monkeypatch.setattr(stops, "asked", lambda: int(signal.SIGTERM))  # nothing is pending here
+    with pytest.raises(errors.Interrupted, match="at the end of stage 'prune'"):
+        Stopper(stops, lambda: None).on_end(SimpleNamespace(stage="prune"))
+    assert not stops.stepping
+    quiet = Stops(active=False)
+    monkeypatch.setattr(quiet, "asked", lambda: pytest.fail("nobody else asks"))
+    Stopper(quiet, lambda: None).on_end(SimpleNamespace(stage="prune"))
+
+
 def test_memory_that_really_runs_out():
     def work():
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + (1 << 28),) * 2)
