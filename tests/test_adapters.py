@@ -187,6 +187,9 @@ def lit(pruner, folder, *, parts=1, callbacks=(), **more):
     )
 
 
+SHORT_TIMES = {"interval": 9, "events": 1}
+
+
 class Placed:
     """Batches that know where they are: Lightning keeps the place of a loader that tells it."""
 
@@ -248,6 +251,40 @@ def test_accumulated_batches_of_lightning(importance, tmp_path, quiet):
         assert pruner.steps == 36
         plans.append({w.group: w.after for w in pruner.plan.widths})
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("importance", ["hessian", "fisher"])
+def test_lightning_leaves_out_what_its_scaler_will(importance, quiet):
+    """16-mixed: gradients are unscaled when they are shown, before an overflow is left out."""
+    from types import SimpleNamespace
+
+    from cpd.adapters.lightning import PruneCallback
+
+    scores = []
+    for scale in (None, 2.0**9):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+        x = torch.randn(4, 3, dtype=torch.float64)
+        pruner = cpd.Pruner(model, x, target="macs=0.5", importance=importance, **SHORT_TIMES)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+        callback = PruneCallback(pruner)
+        for factor in (1.0, float("inf"), 2.0):
+            if scaler is None and factor == float("inf"):
+                continue
+            model.zero_grad()
+            loss = model(x).square().mean() * factor
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            callback.on_before_optimizer_step(trainer, model, optimizer)
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+        scores.append(pruner.rounds.importance.scores())
+    for name, wanted in scores[0].items():
+        torch.testing.assert_close(scores[1][name], wanted, rtol=1e-12, atol=0)
 
 
 def test_lightning_trains_on_what_is_cut(tmp_path, quiet):

@@ -583,3 +583,19 @@ def test_repair_is_left_where_it_does_not_help():
 def test_repair_is_a_number_of_batches_or_auto(repair):
     with pytest.raises(errors.InputError, match="repair must be a whole number"):
         CompressConfig.of(**keywords(repair=repair))
+
+
+def test_the_manifest_says_how_the_network_came_about(tmp_path):
+    def make(width):
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, width), nn.ReLU(), nn.Linear(width, 4))
+
+    compress(make, **keywords(model_args={"width": 8}, output=tmp_path / "out"))
+    extra = json.loads((tmp_path / "out" / "manifest.json").read_text())["extra"]
+    assert extra["model"].endswith("make")
+    assert (extra["model_args"], extra["target"], extra["seed"]) == ({"width": 8}, "macs=0.5", 1)
+    assert {"cpd", "python", "torch"} <= set(extra["versions"])
+    assert extra["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert cpd.load(tmp_path / "out", make(8))
+    given = compress(normed(), **keywords())
+    given.save(tmp_path / "given")  # a network has no name
+    assert "model" not in json.loads((tmp_path / "given" / "manifest.json").read_text())["extra"]

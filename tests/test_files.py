@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import struct
 import traceback
@@ -286,6 +287,21 @@ def test_artefacts_of_earlier_versions_load(name: str) -> None:
     wanted = load_file(GOLDEN / name / "expected.safetensors")
     small = cpd.load(GOLDEN / name, model).eval()
     torch.testing.assert_close(small(wanted["x"]), wanted["y"])
+
+
+def test_an_artefact_of_another_patch_version_loads(tmp_path: Path) -> None:
+    """What is read is the format; the version is there for the text of an error."""
+    shutil.copytree(GOLDEN / "plan-3", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    for version in ("0.1.99", "9.0.0"):
+        (tmp_path / "out" / MANIFEST).write_text(json.dumps({**manifest, "cpd": version}))
+        wanted = load_file(GOLDEN / "plan-3" / "expected.safetensors")
+        small = cpd.load(tmp_path / "out", residual()).eval()
+        torch.testing.assert_close(small(wanted["x"]), wanted["y"])
+    later = {**manifest, "format": 2, "cpd": "9.0.0"}
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(later))
+    with pytest.raises(errors.ArtefactError, match=r"version of cpd that wrote it \('9.0.0'\)"):
+        cpd.load(tmp_path / "out", residual())
 
 
 # --- fuzz: plans, tensors, manifests and checkpoints, changed at random

@@ -319,17 +319,19 @@ def test_averages_are_masked_and_cut_along():
     assert average(X).shape == (2, 4)
 
 
+@pytest.mark.parametrize("importance", ["hessian", "fisher", "kfac"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_scaled_gradients_give_the_same_plan_and_bad_steps_do_not_count(fused):
+def test_scaled_gradients_give_the_same_plan_and_bad_steps_do_not_count(fused, importance):
     """The scale is a power of two; a step with a gradient that is not finite is left out."""
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
 
-    _, plain, *_ = pruned(make=adam)
+    _, plain, *_ = pruned(make=adam, importance=importance)
     model = network()
     optimizer = adam(model.parameters())
-    pruner = cpd.Pruner(model, X, target="macs=0.4", cut_every=2, **TIMES)
+    given = {"target": "macs=0.4", "cut_every": 2, "importance": importance, **TIMES}
+    pruner = cpd.Pruner(model, X, **given)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     model.train()
     for number, batch in enumerate(batches(10)):
@@ -342,6 +344,37 @@ def test_scaled_gradients_give_the_same_plan_and_bad_steps_do_not_count(fused):
         pruner.step(optimizer, scaler=scaler)
     assert pruner.plan.to_json() == plain.plan.to_json()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("importance", ["hessian", "fisher", "kfac"])
+def test_scores_do_not_depend_on_the_scale_that_changes_between_steps(importance):
+    scores = []
+    for scales in ((1.0, 1.0, 1.0), (2.0**10, 2.0**4, 2.0**12)):
+        model = network().eval()
+        pruner = cpd.Pruner(model, X, target="macs=0.4", importance=importance, **TIMES)
+        for scale, batch in zip(scales, batches(3), strict=True):
+            model.zero_grad()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            scaler.scale(cross_entropy(model, batch)).backward()
+            scaler.unscale_(optimizer)
+            pruner.observe(scaler=scaler)
+        scores.append(pruner.rounds.importance.scores())
+    for name, wanted in scores[0].items():
+        torch.testing.assert_close(scores[1][name], wanted, rtol=1e-12, atol=0)
+
+
+def test_an_optimizer_whose_state_is_one_vector_is_refused_where_the_network_is_cut():
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    pruner = cpd.Pruner(model, X, target="macs=0.4", cut_every=2, **TIMES)
+    for call in (pruner.attach, pruner.advance):
+        with pytest.raises(errors.InputError, match=r"LBFGS keeps .* one vector.*cut_every=0"):
+            call(optimizer)
+    assert pruner.steps == 0
+    masked = network()
+    masks = cpd.Pruner(masked, X, target="macs=0.4", **TIMES)
+    masks.attach(torch.optim.LBFGS(masked.parameters())).remove()
 
 
 # --- who steps

@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -414,6 +416,40 @@ def test_no_memory_says_what_needs_less(error, whole, tmp_path):
     agrees(whole, folder)
 
 
+def test_no_memory_and_a_dead_worker_in_the_last_evaluation_say_so(monkeypatch):
+    from cpd.distill import Loop
+
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1, "evaluate_every": 0}
+    raised = [
+        (torch.OutOfMemoryError("CUDA out of memory"), errors.OutOfMemory),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), errors.DataError),
+    ]
+    for error, kind in raised:
+
+        def evaluate(self, error=error):
+            raise error
+
+        monkeypatch.setattr(Loop, "_evaluate", evaluate)
+        with pytest.raises(kind, match=r"at step 6 of 6"):
+            distill(normed(), data=Data(), options=options)
+
+
+def test_a_signal_to_another_process_ends_a_stage_on_all(monkeypatch):
+    """Else the others would begin the next stage and wait there for ever."""
+    from types import SimpleNamespace
+
+    from cpd.distill import Stopper, Stops
+
+    stops = Stops(active=True)
+    monkeypatch.setattr(stops, "asked", lambda: int(signal.SIGTERM))  # nothing is pending here
+    with pytest.raises(errors.Interrupted, match="at the end of stage 'prune'"):
+        Stopper(stops, lambda: None).on_end(SimpleNamespace(stage="prune"))
+    assert not stops.stepping
+    quiet = Stops(active=False)
+    monkeypatch.setattr(quiet, "asked", lambda: pytest.fail("nobody else asks"))
+    Stopper(quiet, lambda: None).on_end(SimpleNamespace(stage="prune"))
+
+
 def test_memory_that_really_runs_out():
     def work():
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + (1 << 28),) * 2)
@@ -509,3 +545,59 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "survival.md").read_text()
     assert f"| {code} |" in page
     assert cpd.CPDError
+
+
+def command(*words):
+    """A real process of the shell, and its output in a file beside."""
+    here = Path(__file__).resolve().parent
+    places = [str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "cpd.cli", "compress", *map(str, words)]
+    # a shell that runs tests in the background lets its children ignore Ctrl-C
+    ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, **ready)
+
+
+RECIPE = """
+model: timm:test_resnet
+model_args: {num_classes: 10, in_chans: 1}
+data: {digits: {size: 16}}
+target: macs=0.7
+interval: 3
+events: 6
+prune: {batch_size: 16, optimizer: {name: SGD, lr: 0.01}}
+recover: {batch_size: 64, epochs: 1}
+onnx: false
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe, and the plan of a process that was never stopped."""
+    folder = tmp_path_factory.mktemp("shell")
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE)
+    process = command(path, "--output", folder / "whole")
+    assert (process.communicate(timeout=300)[1], process.returncode) == ("", 0)
+    return path, (folder / "whole" / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_real_process_leaves_with_its_code_and_goes_on(number, code, recipe, tmp_path):
+    path, plan = recipe
+    log = tmp_path / "out" / "log.jsonl"
+    process = command(path, "--output", tmp_path / "out")
+    until = time.monotonic() + 300
+    while not (log.exists() and '"event": "step", "step": 4' in log.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == code
+    assert "stopped by" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "plan.json").exists()
+    again = command(path, "--output", tmp_path / "out", "--resume", "true")
+    assert (again.communicate(timeout=300)[1], again.returncode) == ("", 0)
+    assert (tmp_path / "out" / "plan.json").read_bytes() == plan

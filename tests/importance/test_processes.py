@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from importance import two
-from importance.networks import NETWORKS, images
-from importance.specs import VARIANTS
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,18 +27,10 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    wanted = {  # worked out while they run
-        f"{number} {kind} {name}": vector
-        for number, spec in enumerate(VARIANTS)
-        for kind in NETWORKS
-        for name, vector in two.scores(spec, kind, images(6), 1).items()
-    }
+    wanted = two.cases()  # worked out while they run
     errors = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
     found = load_file(tmp_path / "scores")
     assert set(found) == set(wanted)
     for name, vector in wanted.items():
-        spec = VARIANTS[int(name.split()[0])]
-        torch.testing.assert_close(
-            found[name], vector, rtol=1e-9, atol=1e-13, msg=f"{spec}: {name}"
-        )
+        torch.testing.assert_close(found[name], vector, rtol=1e-9, atol=1e-13, msg=name)

@@ -12,22 +12,72 @@ from cpd.importance import resolve
 from importance.networks import NETWORKS, combed, images, network
 from importance.specs import VARIANTS
 
+# What a run that goes on from a checkpoint has to find again, and where.
+RESUMED: list[Any] = [
+    "activation",
+    "fisher",
+    {"hessian": {"mended": True}},
+    "kfac",
+    "magnitude",
+    "obd",
+    "taylor",
+    "variance",
+    "wanda",
+]
+KINDS = ("residual", "layer")
 
-def scores(spec: Any, kind: str, x: torch.Tensor, world: int) -> dict[str, torch.Tensor]:
-    """Scores of the mean loss over a share of a batch, gradients averaged over processes."""
+
+def scores(
+    spec: Any, kind: str, batches: list[torch.Tensor], world: int, *, broken: bool = False
+) -> dict[str, torch.Tensor]:
+    """Scores of mean losses over shares of batches, gradients averaged over processes.
+
+    ``broken``: after each batch another run goes on, from what the first process would have saved.
+    """
     model, importance = network(kind), resolve(spec)
     importance.start(model, combed(kind))
-    value = model(x).square().sum() / len(x)
-    if hasattr(importance, "before_backward"):
-        importance.before_backward(value)
-    value.backward()
-    if world > 1:
-        for parameter in model.parameters():
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= world
-    importance.observe()
+    for x in batches:
+        model.zero_grad()
+        value = model(x).square().sum() / len(x)
+        if hasattr(importance, "before_backward"):
+            importance.before_backward(value)
+        value.backward()
+        if world > 1:
+            for parameter in model.parameters():
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world
+        importance.observe()
+        if broken:
+            state = [importance.state()]
+            torch.distributed.broadcast_object_list(state)
+            importance.close()
+            importance = resolve(spec)
+            importance.start(model, combed(kind))
+            importance.load_state(state[0])
     found = importance.scores()
     importance.close()
+    return found
+
+
+def shares(rank: int = 0, world: int = 1) -> list[torch.Tensor]:
+    """What one of the processes gets of two batches."""
+    return [batch[rank::world] for batch in images(12).split(6)]
+
+
+def cases(rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
+    """All scores by "importance, network, group"; "resumed" are those over two batches, where
+    several processes begin anew after each.
+    """
+    found = {}
+    for spec in VARIANTS:
+        for kind in NETWORKS:
+            for name, vector in scores(spec, kind, shares(rank, world)[:1], world).items():
+                found[f"{spec} {kind} {name}"] = vector
+    for spec in RESUMED:
+        for kind in KINDS:
+            given = shares(rank, world)
+            for name, vector in scores(spec, kind, given, world, broken=world > 1).items():
+                found[f"{spec} {kind} {name} resumed"] = vector
     return found
 
 
@@ -39,11 +89,7 @@ def main(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
-    found = {}
-    for number, spec in enumerate(VARIANTS):
-        for kind in NETWORKS:
-            for name, vector in scores(spec, kind, images(6)[rank::2], 2).items():
-                found[f"{number} {kind} {name}"] = vector
+    found = cases(rank, 2)
     if rank == 0:
         save_file(found, folder / "scores")
     torch.distributed.destroy_process_group()

@@ -37,11 +37,11 @@ class PruneCallback(Callback):
     def on_after_backward(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         """Look at a part of an accumulated batch."""
         if not self.whole:
-            self.pruner.observe(whole=False)
+            self.pruner.observe(whole=False, scaler=_scaler(trainer))
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:  # noqa: ARG002
-        """Look at the gradients."""
-        self.pruner.observe()
+        """Look at the gradients, unless the step will be left out for an overflow."""
+        self.pruner.observe(scaler=_scaler(trainer))
 
     def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         """Watch no longer."""
@@ -55,3 +55,8 @@ class PruneCallback(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.pruner.load_state_dict(state)
+
+
+def _scaler(trainer: Any) -> Any:
+    """The GradScaler of 16-mixed precision, or None."""
+    return getattr(getattr(trainer, "precision_plugin", None), "scaler", None)

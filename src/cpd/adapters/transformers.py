@@ -44,9 +44,10 @@ class PruneCallback(TrainerCallback):
 
     def on_save(self, args: Handled, state: Handled, control: Handled, **more: Any) -> None:  # noqa: ARG002
         """Lay the pruner's state beside the Trainer's."""
+        held = self.pruner.state_dict()  # added up over all processes
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write(folder / STATE, self.pruner.state_dict())
+            write(folder / STATE, held)
 
     def on_train_end(self, args: Handled, state: Handled, control: Handled, **more: Any) -> None:  # noqa: ARG002
         """Watch no longer."""

@@ -20,9 +20,11 @@ from cpd.compress.run import Run, built
 from cpd.distill import isolated
 from cpd.files import write_text
 from cpd.plan import Plan
-from cpd.report import Report
+from cpd.report import Report, environment
 
 __all__ = ["BenchOptions", "CompressConfig", "Result", "compress", "load_weights", "plain"]
+
+ORIGIN = ("model", "model_args", "target", "seed")  # what of the configuration a manifest notes
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +52,21 @@ class Result:
         Raises:
             OutputError: the folder holds something already, or cannot be written.
         """
-        path = exporters.save(self.model, self.plan, folder, overwrite=overwrite)
+        path = exporters.save(
+            self.model, self.plan, folder, overwrite=overwrite, extra=self._origin()
+        )
         write_text(path / "report.json", self.report.to_json())
         if find_spec("matplotlib") is not None:
             self.report.html(path / "report.html")
         else:
             log.warning("report.html is not written: its plots need matplotlib")
         return path
+
+    def _origin(self) -> dict[str, Any]:
+        """What the manifest says of how the network came about."""
+        config, versions = self.report.config, self.report.environment or environment()
+        found = {key: config[key] for key in ORIGIN if config.get(key) is not None}
+        return {**found, "versions": {k: v for k, v in versions.items() if k != "machine"}}
 
 
 def compress(

@@ -21,7 +21,8 @@ NO_WORKER = ("DataLoader worker", "worker exited unexpectedly")
 def explained(error: Exception, state: State) -> CPDError | None:
     """The error of the tree that an error of torch or the system means, or None."""
     text = str(error)
-    where = f"at step {state.step + 1} of {state.total} in stage {state.stage!r}"
+    # the last evaluation comes after the last step
+    where = f"at step {min(state.step + 1, state.total)} of {state.total} in stage {state.stage!r}"
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if memory or any(word in text for word in NO_MEMORY):
         return OutOfMemory(

@@ -85,10 +85,14 @@ class Stopper(Callback):
             leave(number, f" after step {state.step} of {state.total} of stage {state.stage!r}")
 
     def on_end(self, state: State) -> None:
-        """From here on a signal leaves at once."""
+        """From here on a signal leaves at once; one that came on any process, on all of them."""
+        if not self.stops.active:
+            return
+        number = self.stops.asked()
         self.stops.stepping = False
-        if self.stops.pending:
-            leave(self.stops.pending, f" at the end of stage {state.stage!r}")
+        number = number or self.stops.pending  # it came while they asked
+        if number:
+            leave(number, f" at the end of stage {state.stage!r}")
 
 
 def leave(number: int, where: str) -> None:

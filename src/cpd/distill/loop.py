@@ -175,13 +175,13 @@ class Loop:
         try:
             while not self._finished():
                 self._epoch()
+            if state.step and self.evaluated != state.step:
+                self._evaluate()
         except (RuntimeError, MemoryError) as error:
             known = explained(error, state)
             if known is None:
                 raise
             raise known from error
-        if state.step and self.evaluated != state.step:
-            self._evaluate()
         if self.best is not None and self.keep == "best":
             self.spread.load(self.best["weights"])
         self.optimizer.zero_grad(set_to_none=True)

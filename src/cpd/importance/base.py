@@ -59,6 +59,7 @@ class Sums:
 
     needs_gradient = False
     whole = True  # set by the loop: whether gradients are those of a batch with all its parts
+    scale = 1.0  # set by the loop: what gradients of activations are multiplied by
     normalise: Normaliser | None = None
 
     def __init__(self) -> None:
@@ -107,12 +108,15 @@ class Sums:
         return {name: self.normalise(vector) for name, vector in found.items()}
 
     def state(self) -> Scores:
-        """Return the sums for a checkpoint."""
-        return {name: value.to("cpu", copy=True) for name, value in self._sums.items()}
+        """Return the sums over all processes, for a checkpoint; every process has to call it."""
+        held = {name: self._sums[name].to("cpu", copy=True) for name in sorted(self._sums)}
+        return {n: v if self.shared(n) else reduced(v, mean=False) for n, v in held.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from the sums of a checkpoint."""
-        self._sums = {name: value.double().clone() for name, value in state.items()}
+        """Go on from the sums of a checkpoint. What is added up over processes the first has."""
+        sums = {name: value.double().clone() for name, value in state.items()}
+        mine = {n: v if self.shared(n) or main() else torch.zeros_like(v) for n, v in sums.items()}
+        self._sums = mine
 
     def reset(self) -> None:
         """Forget the sums."""
@@ -167,6 +171,12 @@ def reduced(value: torch.Tensor, *, mean: bool) -> torch.Tensor:
         result = result.cuda()
     torch.distributed.all_reduce(result)
     return (result / torch.distributed.get_world_size() if mean else result).cpu()
+
+
+def main() -> bool:
+    """Say whether this is the first process."""
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not parallel or torch.distributed.get_rank() == 0
 
 
 def processes() -> int:

@@ -101,6 +101,8 @@ class Fisher(Watching):
         """Square what the last backward pass left, and add it up."""
         model, groups = self.watched
         tensors = held_tensors(model)
+        if self.scale != 1:
+            self._found = {place: found / self.scale for place, found in self._found.items()}
         for group in groups:
             self._require(group, tensors)
             samples, batch = _ordered(self._tiers(group, tensors))

@@ -91,7 +91,7 @@ class KFAC(Watching):
         tensors = held_tensors(model)
         require_gradients(tensors, groups)
         for name, value in self._pending.items():
-            self.add(name, value)
+            self.add(name, value / self.scale**2 if name.endswith("|made") else value)
         for group in groups if self.whole else ():  # until then gradients are of some parts
             for number, member in enumerate(parameters_of(group, tensors, self.members)):
                 gradient = gradient_of(member.tensor, tensors)

@@ -21,7 +21,7 @@ from ..plan import Plan
 from ..prune import split
 from ..trace import Inputs
 from .attach import Attached
-from .carry import carry
+from .carry import carry, cuttable
 from .event import Event
 from .rounds import Rounds, shared
 from .schedule import Schedule
@@ -129,7 +129,7 @@ class Pruner:
 
         Returns the event that followed, or None.
         """
-        attached = Attached(self, optimizer)
+        attached = Attached(self, optimizer, scaler=scaler)
         try:
             if scaler is None:
                 optimizer.step()
@@ -141,33 +141,44 @@ class Pruner:
         optimizer.zero_grad(set_to_none=True)
         return attached.event
 
-    def attach(self, optimizer: Any, *, observe: bool = True) -> Attached:
+    def attach(self, optimizer: Any, *, observe: bool = True, scaler: Any = None) -> Attached:
         """Observe before and advance after every step of an optimizer, whoever calls it.
 
         Where the step gets a closure that computes the gradients, call `observe()` in the closure
-        and attach with `observe=False`. Returns a handle whose `remove()` ends it.
+        and attach with `observe=False`. `scaler`: the GradScaler that scales the loss, where there
+        is one. Returns a handle whose `remove()` ends it.
         """
-        return Attached(self, optimizer, observe=observe)
+        if self.cut_every:
+            cuttable(optimizer)
+        return Attached(self, optimizer, observe=observe, scaler=scaler)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Show the loss to an importance of curvature ("hutchinson", "kfac"); others need none."""
         if not self.finished:
             self.rounds.show(loss)
 
-    def observe(self, *, whole: bool = True) -> None:
-        """Take in the gradients, before the optimizer steps.
+    def observe(self, *, whole: bool = True, scaler: Any = None) -> None:
+        """Take in the gradients, before the optimizer steps; they are unscaled by then.
 
         `whole=False` after each part of an accumulated batch but the last: importances that look at
-        single samples want to see every part.
+        single samples want to see every part. `scaler`: the GradScaler that scaled the loss, if one
+        did: gradients inside the network are still scaled, and those of a batch that it will leave
+        out, as they are not finite, are not taken in.
         """
-        if not self.finished:
+        if self.finished:
+            return
+        if scaler is None or not scaler.is_enabled():
             self.rounds.observe(whole=whole)
+        elif all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.model.parameters()):
+            self.rounds.observe(whole=whole, scale=float(scaler.get_scale()))
 
     def advance(self, *optimizers: Any) -> Event | None:
         """Keep what is gone at zero, and prune where it is time; call it after every step.
 
         `optimizers`: those whose state is to be cut along.
         """
+        for each in optimizers if self.cut_every else ():
+            cuttable(each)
         self.steps += 1
         self._hold()
         if self.finished or not self.schedule.due(self.steps):
@@ -249,7 +260,10 @@ class Pruner:
     # --- pause and go on
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, but for the network and the optimizer: texts, numbers and tensors."""
+        """Where it is, but for the network and the optimizer: texts, numbers and tensors.
+
+        Of several processes each has to call it, as scores are added up over them; one may write.
+        """
         state = getattr(self.rounds.importance, "state", None)
         by = None if self.shrinking is None else self.shrinking.by
         return {

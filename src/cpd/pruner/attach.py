@@ -17,7 +17,7 @@ __all__ = ["Attached"]
 class Watched(Protocol):
     """What is called around a step."""
 
-    def observe(self) -> None:
+    def observe(self, *, scaler: Any = None) -> None:
         """Before it."""
 
     def advance(self, *optimizers: Any) -> Event | None:
@@ -27,8 +27,10 @@ class Watched(Protocol):
 class Attached:
     """Hooks on an optimizer: observe before a step, advance after it."""
 
-    def __init__(self, pruner: Watched, optimizer: Any, *, observe: bool = True) -> None:
-        self.observing = observe
+    def __init__(
+        self, pruner: Watched, optimizer: Any, *, observe: bool = True, scaler: Any = None
+    ) -> None:
+        self.observing, self.scaler = observe, scaler
         self.pruner = pruner
         self.event: Event | None = None
         inner = inner_optimizer(optimizer)
@@ -46,7 +48,7 @@ class Attached:
             return
         factor = 1.0 if scale is None else float(scale)
         with _scaled(optimizer, 1 / factor):
-            self.pruner.observe()
+            self.pruner.observe(scaler=_Scaled(factor) if scale is not None else self.scaler)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         if self.left_out:
@@ -57,6 +59,21 @@ class Attached:
         """Watch the optimizer no longer."""
         for handle in self.handles:
             handle.remove()
+
+
+class _Scaled:
+    """The scale that a fused optimizer was handed, as its scaler would tell it."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def is_enabled(self) -> bool:
+        """It scaled."""
+        return True
+
+    def get_scale(self) -> float:
+        """By so much."""
+        return self.scale
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..cut import Slice
+from ..errors import InputError
 
-__all__ = ["carry", "forget", "inner_optimizer"]
+__all__ = ["carry", "cuttable", "forget", "inner_optimizer"]
 
 # A parameter that is multiplied by f has gradients divided by f. What state of `torch.optim` is
 # made of: gradients (-1), their squares (-2), the parameter itself (1) or its steps squared (2).
@@ -44,6 +45,21 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 def _wraps(optimizer: Any) -> bool:
     return isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer)
+
+
+def cuttable(optimizer: Any) -> None:
+    """Refuse an optimizer whose state is one vector of all parameters: it cannot be cut with them.
+
+    Raises:
+        InputError: it is LBFGS.
+    """
+    inner = inner_optimizer(optimizer)
+    if isinstance(inner, torch.optim.LBFGS):
+        raise InputError(
+            f"{type(inner).__name__} keeps directions of all parameters in one vector, which "
+            "cannot be cut with the network: use another optimizer, or cut_every=0, which masks "
+            "until the end"
+        )
 
 
 def carry(

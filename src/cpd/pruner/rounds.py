@@ -51,10 +51,13 @@ class Rounds:
         if shown is not None:
             shown(loss)
 
-    def observe(self, *, whole: bool) -> None:
-        """Take in one backward pass; `whole`: gradients are those of a batch with all its parts."""
+    def observe(self, *, whole: bool, scale: float = 1.0) -> None:
+        """Take in one backward pass; `whole`: gradients are those of a batch with all its parts.
+
+        `scale`: what the loss was multiplied by. Parameters' gradients are unscaled already.
+        """
         if isinstance(self.importance, Sums):
-            self.importance.whole = whole
+            self.importance.whole, self.importance.scale = whole, scale
         self.importance.observe()
 
     def choose(self, device: torch.device, scores: Scores | None = None) -> Plan:
