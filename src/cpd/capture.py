@@ -1,9 +1,9 @@
 """Capture: a module's own forward as data, with its children as leaves.
 
 The forward runs on fake tensors, in evaluation and in training mode. A size that changes with the
-batch or the resolution is a row of values (`symbols`), one for each run that was recorded, so that
-the calls read it from their inputs; every other size is a number. What depends on the
-type of the inputs is found by running once more in float64.
+batch or the resolution is a row of values (`symbols`), the one at hand and what it would be for
+other inputs, and the calls read it from their inputs; every other size is a number. What depends
+on the type of the inputs is found by running once more in float64.
 """
 
 from __future__ import annotations
