@@ -43,9 +43,10 @@ def scores(
             importance.before_backward(value)
         value.backward()
         if world > 1:
-            for parameter in model.parameters():
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= world
+            gradients = [parameter.grad for parameter in model.parameters()]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            torch.distributed.all_reduce(flat)  # at once: each exchange waits for the other process
+            torch.nn.utils.vector_to_parameters(flat / world, gradients)
         importance.observe()
         if broken:
             state = [importance.state()]
