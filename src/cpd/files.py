@@ -45,15 +45,18 @@ def refusal(path: Path, error: OSError) -> OutputError:
     )
 
 
-def unwritten(draft: Path, target: Path, error: BaseException) -> OutputError | None:
-    """Why ``draft`` is not whole, where the disk is at fault and not what was written; else None.
+def unwritten(draft: Path, target: Path, error: BaseException) -> None:
+    """Tell whether the disk is at fault that ``draft`` is not whole, or what was written.
 
     Libraries in C++ do not say so in a way of their own, so more is written where they stopped.
+
+    Raises:
+        OutputError: it is the disk.
     """
     held: BaseException | None = error
     while held is not None:
         if isinstance(held, OSError):
-            return refusal(target, held)
+            raise refusal(target, held) from error
         held = held.__cause__ or held.__context__
     try:
         with draft.open("ab") as stream:
@@ -61,8 +64,7 @@ def unwritten(draft: Path, target: Path, error: BaseException) -> OutputError | 
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as refused:
-        return refusal(target, refused)
-    return None
+        raise refusal(target, refused) from error
 
 
 def save_file(

@@ -55,8 +55,7 @@ def int8(
             _quantized(source, plain, draft, feeds, (per_channel, reduce_range))
             Running(draft)(*(torch.from_numpy(array) for array in feeds[0]))
         except Exception as error:  # ONNX Runtime raises classes of its own C++ side
-            if full := unwritten(draft, path, error):
-                raise full from error
+            unwritten(draft, path, error)
             raise ExportError(f"{source} cannot be quantized: {brief(error)}") from error
         publish(draft, path)
     return path

@@ -60,8 +60,7 @@ def openvino(
                 converted = library.convert_model(program)
                 library.save_model(converted, draft, compress_to_fp16=False)
             except Exception as error:  # classes of its own C++ side
-                if full := unwritten(draft.with_suffix(".bin"), path, error):
-                    raise full from error
+                unwritten(draft.with_suffix(".bin"), path, error)
                 raise ExportError(f"OpenVINO cannot convert the network: {brief(error)}") from error
             for each in calls if check else ():
                 agreed(model, each, _run(library, draft, each))

@@ -56,8 +56,7 @@ def pt2(
                 torch.export.save(program, draft)
                 again: Any = torch.export.load(draft).module() if check else None
             except Exception as error:  # torch's own tree of errors changes
-                if full := unwritten(draft, path, error):
-                    raise full from error
+                unwritten(draft, path, error)
                 raise ExportError(f"the graph cannot be written: {brief(error)}") from error
             for each in calls if check else ():
                 agreed(model, each, tensors_of(again(*each[0], **each[1])))
