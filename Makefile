@@ -66,7 +66,6 @@ RUNS := $(foreach name,$(STUDIES),$(foreach seed,0 1 2,study-$(name)-$(seed)))
 study: $(STAMP)
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(RUNS)
 	for name in $(STUDIES); do $(BIN)/python -m cpd.cli study recipes/study/$$name.yaml || exit; done
-	for name in $(STUDIES); do mkdir -p docs/study && cp -r out/study/$$name docs/study/ || exit; done
 
 study-%: $(STAMP)
 	$(BIN)/python -m cpd.cli study recipes/study/$(word 1,$(subst -, ,$*)).yaml --only.seed $(word 2,$(subst -, ,$*))

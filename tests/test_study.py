@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -135,6 +136,25 @@ def test_cells_run_once_and_a_study_goes_on(tmp_path: Path) -> None:
         left = outcome.report.after.macs / outcome.report.before.macs
         assert left <= float(outcome.cell.values["target"].removeprefix("macs="))
         assert outcome.report.config["seed"] == outcome.cell.values["seed"]
+
+
+def test_reports_that_are_kept_outlive_their_runs(tmp_path: Path) -> None:
+    """Without pictures, under the runs' addresses; what is there is not run again."""
+    asked = []
+
+    def counting(values: dict[str, Any]) -> Any:
+        asked.append(values["seed"])
+        return settle(values)
+
+    study = grid(tmp_path, kept=str(tmp_path / "kept"))
+    run(study, counting, only={"seed": 0})
+    addresses = {study.address(cell.values) for cell in study.cells()}
+    assert {path.stem for path in (tmp_path / "kept").iterdir()} < addresses
+    shutil.rmtree(study.folder)
+    found = run(study, counting, only={"seed": 0})
+    assert asked == [0, 0]
+    assert [outcome.report is not None for outcome in found] == [True, True, False, False]
+    assert all(not outcome.report.pictures for outcome in found if outcome.report is not None)
 
 
 def test_a_cell_broken_off_goes_on(tmp_path: Path, monkeypatch: Any) -> None:

@@ -169,8 +169,9 @@ def _unreachable(
             f"{found.limited} families are at their minimum (min_keep, limits, multiple_of)"
         )
     by_reason: dict[str, int] = {}
+    weights = {name for name, _ in groups.model.named_parameters()}
     for item in groups.frozen:
-        if not item.reason.startswith("kernel axis"):
+        if item.tensor in weights and not item.reason.startswith("kernel axis"):
             by_reason[item.reason] = by_reason.get(item.reason, 0) + item.count
     for reason, count in sorted(by_reason.items(), key=lambda pair: -pair[1])[:5]:
         blockers.append(f"{count} indices kept: {reason}")

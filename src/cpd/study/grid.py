@@ -50,7 +50,9 @@ class Study:
             knee; "classes": the best classes), ``series`` (the axis of its lines or bars),
             ``where`` (axis → level, for the other axes) and ``count`` (of classes).
         input_shape: of one sample, for measuring costs without data; some libraries know it.
-        runs: folder of the cells, which several studies may share. output: folder of the page.
+        runs: folder of the cells, which several studies may share. kept: folder of their reports
+            without pictures, small enough for a repository: a cell with one there is done, though
+            its run has been deleted. output: folder of the page.
     """
 
     title: str
@@ -64,6 +66,7 @@ class Study:
     figures: tuple[Mapping[str, Any], ...] = ()
     input_shape: Any = None
     runs: str | None = None
+    kept: str | None = None
 
     @classmethod
     def of(cls, values: Recipe, read: Callable[[str], Recipe]) -> Study:

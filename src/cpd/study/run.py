@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -115,7 +115,8 @@ def run(
             report = costed(source, config, shape=study.input_shape, seconds=costs.seconds)
             write_text(_place(study, cell, cost_only=True) / "report.json", report.to_json())
         else:
-            report = _trained(study, cell, settle, callbacks)
+            _trained(study, cell, settle, callbacks)
+            report = _done(study, cell, cost_only=False)
         found[number] = Outcome(cell, report)
     if told is not None:
         told(found, "")
@@ -143,8 +144,19 @@ def _place(study: Study, cell: Cell, *, cost_only: bool) -> Path:
 
 
 def _done(study: Study, cell: Cell, cost_only: bool) -> Report | None:
-    path = _place(study, cell, cost_only=cost_only) / "report.json"
-    return Report.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    place = _place(study, cell, cost_only=cost_only)
+    kept = _kept(study, place)
+    if (place / "report.json").is_file():
+        report = Report.from_json((place / "report.json").read_text(encoding="utf-8"))
+        if kept is not None and not kept.is_file():
+            write_text(kept, replace(report, pictures=()).to_json())
+        return report
+    found = kept is not None and kept.is_file()
+    return Report.from_json(kept.read_text(encoding="utf-8")) if found and kept else None
+
+
+def _kept(study: Study, place: Path) -> Path | None:
+    return None if study.kept is None else Path(study.kept) / f"{place.name}.json"
 
 
 def _without_training(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +164,7 @@ def _without_training(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in ("weights", "teacher", "losses", "output")}
 
 
-def _trained(study: Study, cell: Cell, settle: Settle, callbacks: tuple[Any, ...]) -> Report:
+def _trained(study: Study, cell: Cell, settle: Settle, callbacks: tuple[Any, ...]) -> None:
     seed = cell.values.get("seed", 0)
     files = {
         name: str(_base(study, name, seed, settle, callbacks)) for name in names_in(cell.values)
@@ -160,7 +172,7 @@ def _trained(study: Study, cell: Cell, settle: Settle, callbacks: tuple[Any, ...
     values = _filled(dict(cell.values), files)
     folder = str(_place(study, cell, cost_only=False))
     source, keywords = settle({**values, "output": folder, "resume": True})
-    return compress(source, callbacks=callbacks, **keywords).report
+    compress(source, callbacks=callbacks, **keywords)
 
 
 def _filled(value: Any, files: Mapping[str, str]) -> Any:
