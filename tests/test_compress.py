@@ -579,6 +579,13 @@ def test_repair_is_left_where_it_does_not_help():
     assert not helps(model, plan, {}, judges)
 
 
+def test_repair_by_itself_needs_a_batch_to_judge_by():
+    """Said before anything is trained."""
+    stage = {"batch_size": 10_000, "optimizer": SGD}
+    with pytest.raises(errors.InputError, match="needs two batches"):
+        compress(normed(), **keywords(repair="auto", prune=stage, base={**stage, "epochs": 1}))
+
+
 @pytest.mark.parametrize("repair", [-1, "always", 1.5])
 def test_repair_is_a_number_of_batches_or_auto(repair):
     with pytest.raises(errors.InputError, match="repair must be a whole number"):

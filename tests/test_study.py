@@ -155,6 +155,15 @@ def test_reports_that_are_kept_outlive_their_runs(tmp_path: Path) -> None:
     assert asked == [0, 0]
     assert [outcome.report is not None for outcome in found] == [True, True, False, False]
     assert all(not outcome.report.pictures for outcome in found if outcome.report is not None)
+    for path in (tmp_path / "kept").iterdir():  # run again, what is kept is what came out
+        path.unlink()
+    run(study, counting, only={"seed": 0})
+    path = next((tmp_path / "kept").iterdir())
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"title": "', '"title": "old '), encoding="utf-8")
+    run(study, counting, only={"seed": 0})
+    assert path.read_text(encoding="utf-8") == text
+    assert asked == [0, 0, 0, 0]
 
 
 def test_a_cell_broken_off_goes_on(tmp_path: Path, monkeypatch: Any) -> None:

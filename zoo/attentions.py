@@ -63,7 +63,7 @@ def _that_go(groups: cpd.Groups, names: tuple[str, ...]) -> Any:
 
 
 def _reason(groups: cpd.Groups, classes: Any, *, rows: bool) -> str:
-    """Return why channels stay, or the blocks of rows over them; "" where nothing says."""
+    """Return why channels stay, or the blocks of rows over them."""
     if rows:
         mine = set(classes.tolist())
         blocks = [b for b, below in groups.units.below.items() if mine & set(below.tolist())]

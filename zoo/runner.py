@@ -57,7 +57,7 @@ def without_words(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, bodies) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
-    return ast.dump(tree)
+    return ast.unparse(tree)
 
 
 def rows(output: Path) -> dict[tuple[str, str], Row]:

@@ -6,6 +6,7 @@ its target, which the operating system does in one step.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ __all__ = [
 
 TEMPORARY = ".cpd-"
 _PROBE = 1 << 16  # bytes
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES}
 
 
 def refusal(path: Path, error: OSError) -> OutputError:
@@ -55,7 +57,7 @@ def unwritten(draft: Path, target: Path, error: BaseException) -> None:
     """
     held: BaseException | None = error
     while held is not None:
-        if isinstance(held, OSError):
+        if isinstance(held, OSError) and held.errno in _OF_DISKS:
             raise refusal(target, held) from error
         held = held.__cause__ or held.__context__
     try:

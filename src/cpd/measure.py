@@ -206,8 +206,9 @@ def _ready(module: nn.Module, device: str) -> nn.Module:
     """Return a module in evaluation mode on a device; the one given, which is the user's, stays in
     its mode and place.
     """
-    made = share(module) if device == "cpu" else copy.deepcopy(module).to(device)
-    return made.eval()
+    tensors = [*module.parameters(), *module.buffers()]
+    here = all(tensor.device == torch.device(device) for tensor in tensors)
+    return (share(module) if here else copy.deepcopy(module).to(device)).eval()
 
 
 def _to(value: Any, device: str) -> Any:

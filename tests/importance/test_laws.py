@@ -176,7 +176,7 @@ def test_batches_add_up(spec: Any, kind: str) -> None:
     total: dict[str, Any] = {}
     for number, batch in enumerate(batches):
         if isinstance(importance, Hutchinson):
-            importance._taken = number
+            importance.seed = number  # the signs of this batch among both
         for name, scores in collect(importance, model, groups, [batch], loss).items():
             total[name] = total.get(name, 0) + scores
     for name, scores in both.items():

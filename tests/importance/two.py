@@ -17,6 +17,7 @@ RESUMED: list[Any] = [
     "activation",
     "fisher",
     {"hessian": {"mended": True}},
+    {"hutchinson": {"kind": "diagonal", "seed": 3}},
     "kfac",
     "magnitude",
     "obd",

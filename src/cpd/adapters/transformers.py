@@ -40,7 +40,7 @@ class PruneCallback(TrainerCallback):
 
     def on_substep_end(self, args: Handled, state: Handled, control: Handled, **more: Any) -> None:  # noqa: ARG002
         """Look at a part of an accumulated batch."""
-        self.pruner.observe(whole=False)
+        self.pruner.observe(whole=False, scaler=self.attached.scaler)
 
     def on_save(self, args: Handled, state: Handled, control: Handled, **more: Any) -> None:  # noqa: ARG002
         """Lay the pruner's state beside the Trainer's."""

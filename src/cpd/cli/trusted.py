@@ -20,6 +20,12 @@ __all__ = ["network", "notes"]
 LIMITS = {"manifest.json": 1 << 20, "config.yaml": 1 << 18}  # bytes
 DEEPEST = 32  # of a configuration; a recipe has some six levels
 LARGEST = 1 << 20  # of a number: widths and vocabularies are smaller
+MOST_ENTRIES = 64  # of a list: one for each stage or layer
+MOST_LAYERS = 1 << 9
+OF_LAYERS = {
+    "block_config", "decoder_layers", "depth", "depths", "encoder_layers", "layers", "n_layer",
+    "n_layers", "num_decoder_layers", "num_encoder_blocks", "num_hidden_layers", "num_layers",
+}  # fmt: skip
 DROPPED = {"timm": ("pretrained",)}  # says where weights come from, and the folder has them
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}", re.ASCII)
@@ -152,8 +158,10 @@ def _harmless(library: str, key: object, value: object) -> bool:
     if key in WORDS.get(library, ()) and isinstance(value, str):
         return WORD.fullmatch(value) is not None
     entries = value if isinstance(value, list) else [value]
-    return key in NUMBERS[library] and len(entries) <= 1000 and all(map(_small, entries))
+    most = MOST_LAYERS if key in OF_LAYERS else LARGEST
+    small = all(_within(entry, most) for entry in entries)
+    return key in NUMBERS[library] and len(entries) <= MOST_ENTRIES and small
 
 
-def _small(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST)
+def _within(value: object, most: int) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) <= most)

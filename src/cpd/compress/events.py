@@ -17,6 +17,7 @@ from cpd.groups import Groups
 from cpd.mask import mask
 from cpd.plan import Plan
 from cpd.pruner import Rounds
+from cpd.pruner.rounds import agreed
 from cpd.repair import helps, mended
 from cpd.trace import named_tensors
 
@@ -153,7 +154,8 @@ class Events(Callback):
         plan = replace(plan, groups=self.calibrated)
         judges = batches[-1:] if self.config.repair == "auto" else []
         found = mended(self.student, plan, batches[: len(batches) - len(judges)])
-        self.repaired = not judges or helps(self.student, plan, found, judges)
+        helped = not judges or helps(self.student, plan, found, judges)
+        self.repaired = agreed(helped, device)
         if not self.repaired:
             return
         held = dict(named_tensors(self.student))

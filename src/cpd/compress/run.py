@@ -133,6 +133,7 @@ class Run:
                 try_out(model, stage.optimizer, stage.schedule)
         self.teacher = teacher
         self.groups: Groups | None = None
+        self.calibration: list[Any] = []
         first = next(model.parameters(), None)
         self.home = torch.device("cpu") if first is None else first.device
         val = getattr(self.data, "val", None)
@@ -193,6 +194,7 @@ class Run:
         """
         self.tell("on_event", "comb", {})
         config = self.config
+        self.calibration = self._calibration()
         groups = comb(
             self.model,
             self.example_inputs,
@@ -270,7 +272,7 @@ class Run:
             if scores is not None:  # else the checkpoint of the last event has to do
                 self.journal.save("prune", loop, plan=text, done=events.done, scores=scores)
 
-        batches = self._calibration()
+        batches = self.calibration
         events = Events(student, groups, self.importance, self.config, saved, batches)
         watching = (Recorder(self.journal), events, *self.callbacks, Stopper(self.stops, save))
         loop = self._loop(
@@ -292,8 +294,10 @@ class Run:
         batches = Batches(self.data.train, self.config.prune.batch_size, self.config.seed)
         count = AUTO_REPAIR if self.config.repair == "auto" else self.config.repair
         found = itertools.islice(batches.epoch(0), count)
-        inputs = [unpack(batch)[:2] for batch in found]
-        return [kwargs or args for args, kwargs in inputs]
+        inputs = [kwargs or args for args, kwargs in (unpack(batch)[:2] for batch in found)]
+        if self.config.repair == "auto" and len(inputs) < 2:
+            raise InputError("repair='auto' needs two batches of training data: one to judge by")
+        return inputs
 
     def cut(self, student: nn.Module, plan: Plan) -> tuple[nn.Module, str]:
         """The smaller network and the proof that it computes what the masked one did.

@@ -110,7 +110,7 @@ class Sums:
     def state(self) -> Scores:
         """Return the sums over all processes, for a checkpoint; every process has to call it."""
         held = {name: self._sums[name].to("cpu", copy=True) for name in sorted(self._sums)}
-        return {n: v if self.shared(n) else reduced(v, mean=False) for n, v in held.items()}
+        return {name: reduced(v, mean=self.shared(name)) for name, v in held.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from the sums of a checkpoint. What is added up over processes the first has."""

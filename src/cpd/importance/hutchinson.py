@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +18,7 @@ from ._members import check_members, entries, held_tensors, parameters_of, per_c
 from .base import Importance, Scores, Sums, inner_model
 
 KINDS = ("trace", "diagonal")
+_DRAWS = "(draws)"  # in a state, beside the groups' names
 
 
 def hutchinson(
@@ -195,10 +197,20 @@ class Hutchinson(Sums):
         """Each process's loss is the mean over its own samples."""
         return True
 
+    def state(self) -> Scores:
+        """Return the sums, and how many draws there have been."""
+        return {**super().state(), _DRAWS: torch.tensor([self._taken], dtype=torch.int64)}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from the sums of a checkpoint, with the draws that come next."""
+        super().load_state({name: v for name, v in state.items() if name != _DRAWS})
+        self._taken = int(state[_DRAWS]) if _DRAWS in state else 0
+
     def reset(self) -> None:
-        """Forget the sums."""
+        """Forget the sums, and draw from the beginning: a run that goes on after it does so too."""
         super().reset()
         self._pending = {}
+        self._taken = 0
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -30,7 +30,9 @@ class Attached:
     def __init__(
         self, pruner: Watched, optimizer: Any, *, observe: bool = True, scaler: Any = None
     ) -> None:
-        self.observing, self.scaler = observe, scaler
+        # accelerate's optimizers hold the scaler that scales the loss
+        self.scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        self.observing = observe
         self.pruner = pruner
         self.event: Event | None = None
         inner = inner_optimizer(optimizer)

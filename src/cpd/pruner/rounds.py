@@ -96,6 +96,15 @@ def shared(plan: Plan, device: torch.device) -> Plan:
     return Plan.from_json(received)
 
 
+def agreed(verdict: bool, device: torch.device) -> bool:
+    """The verdict of the main process, on every process."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return verdict
+    told = torch.tensor([verdict], dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(told, 0)
+    return bool(told)
+
+
 def digest(text: str) -> bytes:
     """The hash by which processes compare plans."""
     return hashlib.sha256(text.encode()).digest()

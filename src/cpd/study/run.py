@@ -148,8 +148,9 @@ def _done(study: Study, cell: Cell, cost_only: bool) -> Report | None:
     kept = _kept(study, place)
     if (place / "report.json").is_file():
         report = Report.from_json((place / "report.json").read_text(encoding="utf-8"))
-        if kept is not None and not kept.is_file():
-            write_text(kept, replace(report, pictures=()).to_json())
+        text = replace(report, pictures=()).to_json()
+        if kept is not None and not (kept.is_file() and kept.read_text(encoding="utf-8") == text):
+            write_text(kept, text)
         return report
     found = kept is not None and kept.is_file()
     return Report.from_json(kept.read_text(encoding="utf-8")) if found and kept else None
