@@ -124,5 +124,5 @@ def test_bad_options_are_met() -> None:
         CompressConfig.of(**given, scored="tasks")
     with pytest.raises(InputError, match='scored="distillation" needs a teacher'):
         CompressConfig.of(**given, scored="distillation", teacher=None)
-    with pytest.raises(InputError, match="repair must be a whole number .* or 'auto', got -1"):
+    with pytest.raises(InputError, match=r"repair must be a whole number .* or 'auto', got -1"):
         CompressConfig.of(**given, repair=-1)
