@@ -118,6 +118,7 @@ def compressed(folder: Path) -> dict[str, torch.Tensor]:
         data=Split(),
         target="macs=0.5",
         importance="hessian",
+        repair="auto",
         interval=4,
         events=4,
         prune={**loop, "schedule": None},

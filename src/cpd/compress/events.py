@@ -17,7 +17,7 @@ from cpd.groups import Groups
 from cpd.mask import mask
 from cpd.plan import Plan
 from cpd.pruner import Rounds
-from cpd.pruner.rounds import agreed
+from cpd.pruner.rounds import of_main
 from cpd.repair import helps, mended
 from cpd.trace import named_tensors
 
@@ -155,7 +155,7 @@ class Events(Callback):
         judges = batches[-1:] if self.config.repair == "auto" else []
         found = mended(self.student, plan, batches[: len(batches) - len(judges)])
         helped = not judges or helps(self.student, plan, found, judges)
-        self.repaired = agreed(helped, device)
+        self.repaired = of_main(helped, device)
         if not self.repaired:
             return
         held = dict(named_tensors(self.student))

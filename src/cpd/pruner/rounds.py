@@ -96,7 +96,7 @@ def shared(plan: Plan, device: torch.device) -> Plan:
     return Plan.from_json(received)
 
 
-def agreed(verdict: bool, device: torch.device) -> bool:
+def of_main(verdict: bool, device: torch.device) -> bool:
     """The verdict of the main process, on every process."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return verdict
