@@ -227,6 +227,30 @@ def test_costs_alone(tmp_path: Path) -> None:
     assert not run(study, settle, minutes=-1.0)[0].report, "costs are no training"
 
 
+def test_costs_are_timed_in_turns(tmp_path: Path, monkeypatch: Any) -> None:
+    axes = {"size": {"half": {}, "again": {}}}
+    recipe = {**RECIPE, "bench": {"runs": 1000}}
+    options = {"recipe": recipe, "axes": axes, "over": None, "input_shape": [3, 16, 16]}
+    study = grid(tmp_path, kept=str(tmp_path / "kept"), **options)
+
+    def timed(seconds: float) -> dict[str, list[int]]:
+        found = run(study, settle, costs=Costs(seconds=seconds, threads=1))
+        (path,) = (tmp_path / "kept").glob("*.times.json")
+        taken: dict[str, list[int]] = json.loads(path.read_text())["taken"]
+        counts = [each.report.after.latency.runs for each in found if each.report is not None]
+        assert counts == [len(taken["before"])] * 2 == [len(taken["after"])] * 2
+        return taken
+
+    few = timed(0.0)
+    assert len(few["after"]) == 10
+    all_of_them = timed(600.0)
+    assert len(all_of_them["after"]) == 1000
+    assert all(all_of_them[name][:10] == few[name] for name in few), "those taken before count"
+    asked = counted(monkeypatch)
+    assert timed(600.0) == all_of_them
+    assert not asked, "nothing is left to be done"
+
+
 def counted(monkeypatch: Any) -> list[str]:
     """The targets for which costs were measured; nothing is measured."""
     asked: list[str] = []

@@ -85,6 +85,7 @@ def compare(
     threads: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    earlier: Sequence[list[int]] | None = None,
 ) -> list[Latency]:
     """Latency of several ONNX files whose runs alternate, so that noise hits all alike.
 
@@ -99,26 +100,33 @@ def compare(
         threads: threads within an operator; None takes every core this process may use.
         seed: for the input values (normal for floats, 0 or 1 for integers).
         progress: called after every block with the timed runs done and those wanted, of all models.
+        earlier: nanoseconds of timed runs of each model that were taken before and count as runs;
+            extended in place, so that who keeps them after every block can go on another day.
 
     Returns:
         One ``Latency`` for each path, in their order.
 
     Raises:
-        InputError: a number is out of range, or an input has a type or open axes nobody can guess.
+        InputError: a number is out of range, there is not one list of earlier runs for each path,
+            or an input has a type or open axes nobody can guess.
         ArtefactError: a file is missing or no valid ONNX, or fails to run.
     """
+    taken: Sequence[list[int]] = [[] for _ in paths] if earlier is None else earlier
+    if len(taken) != len(paths):
+        raise InputError(f"earlier: expected one list for each of {len(paths)} files.")
     _check_numbers(runs=(runs, 1), warmup=(warmup, 0), batch=(batch, 1), threads=(threads or 1, 1))
     threads = threads or _cores()
     models = [Session(Path(path), batch, threads, seed) for path in paths]
-    for model in models:
-        model.times(warmup)
-    taken: list[list[int]] = [[] for _ in models]
     order = list(range(len(models)))
-    for start in range(0, runs, BLOCK):
-        size = min(BLOCK, runs - start)
+    if any(len(times) < runs for times in taken):
+        for model in models:
+            model.times(warmup)
+    while any(len(times) < runs for times in taken):
         for index in order:
+            if len(taken[index]) >= runs:
+                continue
             models[index].times(1)  # the caches still hold the other model
-            taken[index] += models[index].times(size)
+            taken[index] += models[index].times(min(BLOCK, runs - len(taken[index])))
             if progress is not None:
                 progress(sum(map(len, taken)), runs * len(models))
         order.reverse()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from cpd.compress import CompressConfig, plain
 from cpd.compress.run import built
 from cpd.costs import latency
 from cpd.distill import isolated
+from cpd.files import write_text
+from cpd.plan import Plan
 from cpd.prune import prune
 from cpd.report import Measures, Report, environment
 
@@ -28,12 +32,14 @@ def costed(
     *,
     shape: Any = None,
     seconds: float = 600.0,
+    kept: Path | None = None,
 ) -> Report:
     """Parameters, MACs, ONNX size and latency before and after a cut to the recipe's target.
 
     The cut is that of the recipe (strategy, ranking, multiples) by magnitude, as the recipe's own
     importance may need data; it is proved. ``source`` also has ``inputs``, which knows the shape of
-    a sample where ``shape`` is nothing.
+    a sample where ``shape`` is nothing. ``kept`` is a file with the times of each run: those of the
+    same cut on the same machine count, and all are kept, so that slow networks are timed in turns.
 
     Raises what ``prune`` and the export raise.
     """
@@ -61,7 +67,7 @@ def costed(
             name: {"params": costs.params(each), "macs": costs.macs(each, inputs)}
             for name, each in networks.items()
         }
-        timed = _timed(networks, inputs, config, seconds)
+        timed = _timed(networks, inputs, config, seconds, _Times(kept, plan))
     before, after = (Measures(**measured[name], **timed[name]) for name in networks)
     return Report(
         before,
@@ -75,11 +81,38 @@ def costed(
     )
 
 
+class _Times:
+    """Nanoseconds of each run before and after, kept in a file where there is one."""
+
+    def __init__(self, path: Path | None, plan: Plan) -> None:
+        self.path, self.cut = path, hashlib.sha256(plan.to_json().encode()).hexdigest()
+        self.taken: dict[str, list[int]] = {}
+
+    def of(self, names: Iterable[str], **how: Any) -> list[list[int]]:
+        """What the file has for this cut, this machine and these settings; else nothing."""
+        self.key = {"cut": self.cut, "device": latency.device(), **how}
+        stored = self._stored()
+        known = stored.get("taken", {}) if stored.get("key") == self.key else {}
+        self.taken = {name: list(known.get(name, ())) for name in names}
+        return list(self.taken.values())
+
+    def keep(self, *_: int) -> None:
+        if self.path is not None:
+            write_text(self.path, json.dumps({"key": self.key, "taken": self.taken}) + "\n")
+
+    def _stored(self) -> dict[str, Any]:
+        if self.path is None or not self.path.is_file():
+            return {}
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        return found
+
+
 def _timed(
     networks: dict[str, nn.Module],
     inputs: Any,
     config: CompressConfig,
     seconds: float,
+    times: _Times,
 ) -> dict[str, dict[str, Any]]:
     """Size and latency of both as ONNX: as many runs as fit into the time, at most the recipe's."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,11 +121,19 @@ def _timed(
             paths.append(exporters.onnx(network, inputs, Path(temporary) / f"{name}.onnx"))
         bench = config.bench
         common: dict[str, Any] = {"batch": bench.batch, "threads": bench.threads}
+        earlier = times.of(networks, **common)
         probe = latency.compare(paths, runs=_PROBE, warmup=2, **common)
         each = sum(one.median_ms for one in probe) / 1000 * (1 + 1 / latency.BLOCK)
-        runs = max(_LEAST, min(bench.runs, int(seconds / each)))
-        times = latency.compare(paths, runs=runs, warmup=min(bench.warmup, runs // 10), **common)
+        fit = int(seconds / each)
+        found = latency.compare(
+            paths,
+            runs=max(_LEAST, min(bench.runs, min(map(len, earlier)) + fit)),
+            warmup=min(bench.warmup, fit // 10),
+            earlier=earlier,
+            progress=times.keep,
+            **common,
+        )
         return {
             name: {"onnx_bytes": path.stat().st_size, "latency": time}
-            for name, path, time in zip(networks, paths, times, strict=True)
+            for name, path, time in zip(networks, paths, found, strict=True)
         }

@@ -53,7 +53,8 @@ class Costs:
 
     Attributes:
         seconds: the longest a pair of networks is timed; where that is too short for the runs that
-            the recipe asks for they are fewer, and the report says how many.
+            the recipe asks for they are fewer, and the report says how many. The next ``run`` adds
+            to them.
         threads: of the runtime; nothing: as the recipe says.
     """
 
@@ -99,21 +100,30 @@ def run(
     changed = {} if threads is None else {"bench": {"threads": threads}}
     cells = [Cell(cell.place, laid(cell.values, changed)) for cell in study.cells()]
     found = [Outcome(cell, _done(study, cell, costs is not None)) for cell in cells]
+    measured: set[Path] = set()
     for number, cell in enumerate(cells):
         late = minutes is not None and monotonic() - begun > 60 * minutes
         out = any(cell.place[axis] != level for axis, level in wanted.items())
         # Looked up again: an equal cell before it, or another process, may have run it since.
-        report = found[number].report or _done(study, cell, costs is not None)
+        report = _done(study, cell, costs is not None)
         found[number] = Outcome(cell, report)
-        if report is not None or late or out:
+        place = _place(study, cell, cost_only=costs is not None)
+        more = costs is not None and place not in measured and _short(report)
+        if (report is not None and not more) or late or out:
             continue
+        measured.add(place)
         if told is not None:
             told(found, cell.name)
         if costs is not None:
             source, keywords = settle(_without_training(cell.values))
             config = CompressConfig.of(model=plain(source), **keywords)
-            report = costed(source, config, shape=study.input_shape, seconds=costs.seconds)
-            write_text(_place(study, cell, cost_only=True) / "report.json", report.to_json())
+            kept = _kept(study, place)
+            times = place / "times.json" if kept is None else kept.with_suffix(".times.json")
+            report = costed(
+                source, config, shape=study.input_shape, seconds=costs.seconds, kept=times
+            )
+            write_text(place / "report.json", report.to_json())
+            report = _done(study, cell, cost_only=True)
         else:
             _trained(study, cell, settle, callbacks)
             report = _done(study, cell, cost_only=False)
@@ -121,6 +131,14 @@ def run(
     if told is not None:
         told(found, "")
     return found
+
+
+def _short(report: Report | None) -> bool:
+    """Whether the networks were timed less often than the recipe asks for: there is more to do."""
+    if report is None:
+        return False
+    time, wanted = report.after.latency, report.config.get("bench", {}).get("runs", 0)
+    return time is not None and time.runs < wanted
 
 
 def _levels(study: Study, only: Mapping[str, Any]) -> dict[str, str]:
