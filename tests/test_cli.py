@@ -349,6 +349,10 @@ def test_folders_that_are_no_artefact(tmp_path, capsys):
         assert "Traceback" not in shown
     (tmp_path / "report.json").write_text("{}")
     assert run("report", tmp_path) == 6
+    for large in (" " * (1 << 25) + "{}", '{"a": [' + "[]," * (1 << 19) + "0]}", "\udc80"):
+        (tmp_path / "report.json").write_text(large, errors="surrogateescape")
+        assert run("report", tmp_path) == 6
+        assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

@@ -372,6 +372,20 @@ def test_save_refuses_a_model_the_plan_did_not_make(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_save_refuses_a_plan_that_load_would_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = convnet()
+    plan = narrowed(model, torch.randn(2, 3, 8, 8))
+    monkeypatch.setattr("cpd.reading.LONGEST", 100)
+    with pytest.raises(ExportError, match="limited=False"):
+        exporters.save(cut(model, plan), plan, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+    assert Plan.from_json(plan.to_json(), limited=False).to_json() == plan.to_json()
+    with pytest.raises(ArtefactError, match="letters"):
+        Plan.from_json(plan.to_json())
+
+
 @pytest.mark.parametrize("extra", [{"x": object()}, {"x": float("nan")}, {"x": "y" * (1 << 20)}])
 def test_save_refuses_an_extra_that_does_not_fit(extra: dict[str, Any], tmp_path: Path) -> None:
     model = convnet()

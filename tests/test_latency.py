@@ -45,7 +45,7 @@ def test_one_file(tmp_path: Path) -> None:
 
 
 def test_summary_is_in_milliseconds() -> None:
-    found = latency._summary([n * 1_000_000 for n in range(1, 102)], 5, 2, 1)
+    found = latency.summary([n * 1_000_000 for n in range(1, 102)], 5, 2, 1)
     assert found == latency.Latency(51.0, 51.0, 91.0, 100.0, 101, 5, 2, found.provider, 1)
 
 
@@ -132,7 +132,7 @@ def test_device_names_the_machine() -> None:
 
 
 def test_latency_is_a_value() -> None:
-    found = latency._summary([1_000_000], 0, 1, 2)
+    found = latency.summary([1_000_000], 0, 1, 2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.runs = 3
     assert "2 threads" in str(found)

@@ -17,14 +17,13 @@ from .errors import ArtefactError, PlanMismatch
 from .forward import Forward
 from .kept import Kept, beyond, composed, placed
 from .labels import Mask
+from .reading import bounded
 from .trace import named_tensors
 
 if TYPE_CHECKING:
     from .groups import Groups
 
 FORMAT = 3
-_LONGEST = 1 << 25  # letters of a file; a large plan (of 200 layers, 20 M weights) has a million
-_NESTED = 1 << 19  # lists and mappings in it: each takes many times its letters
 _MOST = 1 << 27  # entries of all masks of a plan: a file may not ask for more memory
 _NO_PLAN = (
     ValueError,
@@ -199,10 +198,19 @@ class Plan:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Return the plan of a JSON text. Raises `ArtefactError` where it is none."""
+    def from_json(cls, text: str, *, limited: bool = True) -> Plan:
+        """Return the plan of a JSON text.
+
+        Args:
+            text: what `to_json` returned.
+            limited: refuse what is larger than plans of networks are (32 MiB, 2¹⁹ lists and
+                mappings), as reading it could take all memory; for text that is not your own.
+
+        Raises:
+            ArtefactError: it is no plan, or too large.
+        """
         try:
-            return _from_dict(json.loads(_bounded(text)))
+            return _from_dict(json.loads(bounded(text) if limited else text))
         except _NO_PLAN as error:
             raise ArtefactError(
                 f"this is not a plan of format {FORMAT}: {type(error).__name__}: {error}. "
@@ -221,17 +229,6 @@ class Plan:
             if w.before != w.after
         ]
         return "\n".join(lines)
-
-
-def _bounded(text: str) -> str:
-    """The text, unless reading it could take more memory than any plan needs."""
-    nested = text.count("[") + text.count("{")
-    if len(text) > _LONGEST or nested > _NESTED:
-        raise ValueError(
-            f"{len(text)} letters with {nested} lists and mappings; a plan has at most {_LONGEST} "
-            f"and {_NESTED}"
-        )
-    return text
 
 
 def _new(name: str, taken: Collection[str]) -> str:

@@ -25,6 +25,7 @@ from .errors import ArtefactError, InputError, OutputError
 from .groups import Groups
 from .mask import mask
 from .planning import plan_of
+from .reading import bounded
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -82,14 +83,14 @@ class Sensitivity:
     def from_json(cls, text: str) -> Sensitivity:
         """Return what `to_json` wrote. Raises `ArtefactError` for anything else."""
         try:
-            data = json.loads(text)
+            data = json.loads(bounded(text))
             losses = {
                 str(name): tuple((float(a), float(b)) for a, b in points)
                 for name, points in data["losses"].items()
             }
             groups = {str(name): str(group) for name, group in data.get("groups", {}).items()}
             return cls(float(data["base"]), losses, groups)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtefactError(
                 f"this is no sensitivity: {type(error).__name__}: {error}"
             ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cpd.cli.models import Source, named
 from cpd.cli.origins import made, noted, settled
 from cpd.cli.show import Bars, coverage, group_table, kept_table
-from cpd.errors import ArtefactError, InputError
+from cpd.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -171,14 +171,11 @@ class Shell:
         Args:
             folder: what compress wrote.
         """
+        from cpd.reading import read_text
         from cpd.report import Report
 
         path = Path(folder) / "report.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ArtefactError(f"cannot read {path}: {error.strerror}") from error
-        report = Report.from_json(text)
+        report = Report.from_json(read_text(path, "Give the folder that compress wrote."))
         self.console.print(report.table())
         if report.proof:
             self.console.print(report.proof, markup=False, highlight=False)

@@ -180,7 +180,7 @@ class Run:
             self.journal.save(stage, loop, **saved)
 
         watching = (Recorder(self.journal, save), *self.callbacks, Stopper(self.stops, save))
-        plan = Plan.from_json(saved["plan"]) if "plan" in saved else None
+        plan = Plan.from_json(saved["plan"], limited=False) if "plan" in saved else None
         loop = self._loop(stage, student, options, callbacks=watching, plan=plan)
         return loop.run().to(self.home)
 
@@ -252,7 +252,7 @@ class Run:
         resumed = self.journal.resumed
         student = copy.deepcopy(base)
         if resumed is not None and self.past("prune"):
-            return student, Plan.from_json(resumed["plan"])
+            return student, Plan.from_json(resumed["plan"], limited=False)
 
         def saved(plan: Plan, step: int) -> None:
             costs = {cost: after for cost, (_, after) in plan.costs.items()}
@@ -279,7 +279,9 @@ class Run:
             "prune", student, self.config.prune, steps=events.steps, callbacks=watching, keep="last"
         )
         if resumed is not None and resumed["stage"] == "prune":
-            plan = None if resumed["plan"] is None else Plan.from_json(resumed["plan"])
+            plan = (
+                None if resumed["plan"] is None else Plan.from_json(resumed["plan"], limited=False)
+            )
             events.resume(plan, resumed["done"], resumed.get("scores"))
             if loop.losses is not None and plan is not None:
                 loop.losses.keep(self._kept(plan))

@@ -17,7 +17,17 @@ from cpd.errors import ArtefactError, InputError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, NodeArg
 
-__all__ = ["Latency", "Session", "compare", "device", "machine", "onnx", "session"]
+__all__ = [
+    "Latency",
+    "Session",
+    "compare",
+    "device",
+    "machine",
+    "onnx",
+    "session",
+    "summary",
+    "turns",
+]
 
 BLOCK = 25
 """Runs of one model in a row before ``compare`` goes on to the next."""
@@ -85,7 +95,6 @@ def compare(
     threads: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    earlier: Sequence[list[int]] | None = None,
 ) -> list[Latency]:
     """Latency of several ONNX files whose runs alternate, so that noise hits all alike.
 
@@ -100,27 +109,36 @@ def compare(
         threads: threads within an operator; None takes every core this process may use.
         seed: for the input values (normal for floats, 0 or 1 for integers).
         progress: called after every block with the timed runs done and those wanted, of all models.
-        earlier: nanoseconds of timed runs of each model that were taken before and count as runs;
-            extended in place, so that who keeps them after every block can go on another day.
 
     Returns:
         One ``Latency`` for each path, in their order.
 
     Raises:
-        InputError: a number is out of range, there is not one list of earlier runs for each path,
-            or an input has a type or open axes nobody can guess.
+        InputError: a number is out of range, or an input has a type or open axes nobody can guess.
         ArtefactError: a file is missing or no valid ONNX, or fails to run.
     """
-    taken: Sequence[list[int]] = [[] for _ in paths] if earlier is None else earlier
-    if len(taken) != len(paths):
-        raise InputError(f"earlier: expected one list for each of {len(paths)} files.")
     _check_numbers(runs=(runs, 1), warmup=(warmup, 0), batch=(batch, 1), threads=(threads or 1, 1))
     threads = threads or _cores()
     models = [Session(Path(path), batch, threads, seed) for path in paths]
+    for model in models:
+        model.times(warmup)
+    taken: list[list[int]] = [[] for _ in models]
+    turns(models, taken, runs, progress)
+    return [summary(times, warmup, batch, threads) for times in taken]
+
+
+def turns(
+    models: Sequence[Session],
+    taken: Sequence[list[int]],
+    runs: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Time models in turns until each has so many ``runs``.
+
+    ``taken`` holds nanoseconds of each model's runs so far and grows after every block, so that who
+    keeps them in ``progress`` can go on another day; the rest is as in :func:`compare`.
+    """
     order = list(range(len(models)))
-    if any(len(times) < runs for times in taken):
-        for model in models:
-            model.times(warmup)
     while any(len(times) < runs for times in taken):
         for index in order:
             if len(taken[index]) >= runs:
@@ -130,7 +148,6 @@ def compare(
             if progress is not None:
                 progress(sum(map(len, taken)), runs * len(models))
         order.reverse()
-    return [_summary(times, warmup, batch, threads) for times in taken]
 
 
 def session(
@@ -158,7 +175,7 @@ class Session:
     """One file with its inputs, ready to be timed."""
 
     def __init__(self, path: Path, batch: int, threads: int, seed: int) -> None:
-        self.path = path
+        self.path, self.threads = path, threads
         self.session = _session(path, threads)
         generator = np.random.default_rng(seed)
         nodes = self.session.get_inputs()
@@ -233,7 +250,8 @@ def _value(path: Path, node: NodeArg, batch: int, generator: np.random.Generator
     return generator.integers(0, 2, size=shape).astype(_DTYPES[kind])
 
 
-def _summary(times: list[int], warmup: int, batch: int, threads: int) -> Latency:
+def summary(times: Sequence[int], warmup: int, batch: int, threads: int) -> Latency:
+    """What nanoseconds of timed runs come to."""
     milliseconds = np.asarray(times, dtype=np.float64) / 1e6
     median, p90, p99 = np.percentile(milliseconds, [50, 90, 99]).tolist()
     mean = float(milliseconds.mean())

@@ -21,15 +21,16 @@ from typing import Any
 from torch import nn
 
 from cpd.cut import cut
-from cpd.errors import ArtefactError, CPDError, InputError, OutputError
+from cpd.errors import ArtefactError, CPDError, ExportError, InputError, OutputError
 from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS, Stored, assign, collect, read, write
 from cpd.files import publish, refusal, staging
 from cpd.plan import Plan
+from cpd.reading import LONGEST, bounded
 
 __all__ = ["load", "opened", "save"]
 
 FORMAT = 1
-_LIMITS = {MANIFEST: 1 << 20, PLAN: 1 << 25}  # bytes
+_LIMITS = {MANIFEST: 1 << 20, PLAN: LONGEST}  # bytes
 _AGAIN = "Copy the whole folder again, or write it again with cpd.save."
 
 
@@ -60,7 +61,8 @@ def save(
 
     Raises:
         InputError: ``model`` was not cut by ``plan``, or ``extra`` does not fit into JSON or 1 MiB.
-        ExportError: the model holds what tensors alone cannot: extra state or meta tensors.
+        ExportError: the model holds what tensors alone cannot (extra state or meta tensors), or the
+            plan is too large to be read back.
         OutputError: the folder is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -72,7 +74,7 @@ def save(
         draft = temporary / "artefact"
         draft.mkdir()
         write(stored, draft / TENSORS)
-        (draft / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (draft / PLAN).write_text(_plan(plan), encoding="utf-8")
         (draft / MANIFEST).write_text(_manifest(draft, extra), encoding="utf-8")
         if inside:
             for name in (TENSORS, PLAN, MANIFEST):
@@ -140,6 +142,16 @@ def _check_cut(plan: Plan, stored: Stored) -> None:
                 f"the model was not cut by this plan: {name!r} has {found} values, the plan keeps "
                 f"{count} of {kept.numel()}. Save what cpd.cut(model, plan) returned."
             )
+
+
+def _plan(plan: Plan) -> str:
+    try:
+        return bounded(plan.to_json())
+    except ValueError as error:
+        raise ExportError(
+            f"the plan is larger than load reads, as files are not trusted: {error}. Keep "
+            "plan.to_json() and the tensors yourself; Plan.from_json(text, limited=False) reads it."
+        ) from error
 
 
 def _manifest(draft: Path, extra: Mapping[str, Any] | None) -> str:

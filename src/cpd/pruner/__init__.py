@@ -293,7 +293,8 @@ class Pruner:
         if self.steps:
             raise InputError("load the state into a new Pruner; this one has begun")
         plans = [
-            None if state[key] is None else Plan.from_json(state[key]) for key in ("plan", "cut")
+            None if state[key] is None else Plan.from_json(state[key], limited=False)
+            for key in ("plan", "cut")
         ]
         for plan in filter(None, plans):
             plan.check(self.model)

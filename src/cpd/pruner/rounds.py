@@ -93,7 +93,7 @@ def shared(plan: Plan, device: torch.device) -> Plan:
     torch.distributed.broadcast(sent, 0)
     received = bytes(sent.tolist()).decode()
     _agreed(received, device)
-    return Plan.from_json(received)
+    return Plan.from_json(received, limited=False)
 
 
 def of_main(verdict: bool, device: torch.device) -> bool:

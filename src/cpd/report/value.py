@@ -14,6 +14,7 @@ from cpd.costs.latency import Latency
 from cpd.errors import ArtefactError
 from cpd.files import write_text
 from cpd.plan import Width
+from cpd.reading import bounded
 from cpd.report.measures import HEAD, Measures, plain, rows
 from cpd.report.pictures import STYLE, Picture, section
 from cpd.stays import Frozen
@@ -103,10 +104,11 @@ class Report:
         """The report in ``text``.
 
         Raises:
-            ArtefactError: it is no JSON, of another schema, or lacks or has other entries.
+            ArtefactError: it is no JSON, of another schema, lacks or has other entries, or is far
+                larger than reports are.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(bounded(text))
             schema = content.pop("schema", None)
             if schema != SCHEMA:
                 raise ArtefactError(

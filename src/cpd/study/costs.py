@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from cpd.compress import CompressConfig, plain
 from cpd.compress.run import built
 from cpd.costs import latency
 from cpd.distill import isolated
+from cpd.errors import ArtefactError
 from cpd.files import write_text
 from cpd.plan import Plan
 from cpd.prune import prune
@@ -24,6 +26,7 @@ from cpd.report import Measures, Report, environment
 __all__ = ["costed"]
 
 _PROBE, _LEAST = 3, 10  # runs that tell how long one takes; the fewest a median is taken of
+_WARM = 60.0  # seconds: slow networks are warm after fewer runs than the recipe has
 
 
 def costed(
@@ -103,7 +106,12 @@ class _Times:
     def _stored(self) -> dict[str, Any]:
         if self.path is None or not self.path.is_file():
             return {}
-        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtefactError(
+                f"{self.path} is damaged: {error}. Delete it to measure anew."
+            ) from error
         return found
 
 
@@ -121,18 +129,18 @@ def _timed(
             paths.append(exporters.onnx(network, inputs, Path(temporary) / f"{name}.onnx"))
         bench = config.bench
         common: dict[str, Any] = {"batch": bench.batch, "threads": bench.threads}
-        earlier = times.of(networks, **common)
-        probe = latency.compare(paths, runs=_PROBE, warmup=2, **common)
-        each = sum(one.median_ms for one in probe) / 1000 * (1 + 1 / latency.BLOCK)
-        fit = int(seconds / each)
-        found = latency.compare(
-            paths,
-            runs=max(_LEAST, min(bench.runs, min(map(len, earlier)) + fit)),
-            warmup=min(bench.warmup, fit // 10),
-            earlier=earlier,
-            progress=times.keep,
-            **common,
-        )
+        models = [latency.session(path, **common) for path in paths]
+        for model in models:
+            model.times(2)
+        each = sum(median(model.times(_PROBE)) for model in models) / 1e9
+        fit = int(seconds / (each * (1 + 1 / latency.BLOCK)))
+        warmup = min(bench.warmup, int(_WARM / each))
+        for model in models:
+            model.times(warmup)
+        taken = times.of(networks, **common)
+        runs = max(_LEAST, min(bench.runs, min(map(len, taken)) + fit))
+        latency.turns(models, taken, runs, times.keep)
+        found = [latency.summary(each, warmup, bench.batch, models[0].threads) for each in taken]
         return {
             name: {"onnx_bytes": path.stat().st_size, "latency": time}
             for name, path, time in zip(networks, paths, found, strict=True)

@@ -1,0 +1,38 @@
+"""Reading: files of unknown origin may be no larger than what this library writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import ArtefactError
+
+__all__ = ["LONGEST", "bounded", "read_text"]
+
+LONGEST = 1 << 25  # bytes of a file; a large plan (of 200 layers, 20 M weights) has a million
+NESTED = 1 << 19  # lists and mappings in it: each takes many times its letters
+
+
+def read_text(path: Path, hint: str) -> str:
+    """The text of a file. Raises `ArtefactError`, ending in `hint`: missing, no text, too large."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(LONGEST + 1)
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error.strerror}. {hint}") from error
+    if len(data) > LONGEST:
+        raise ArtefactError(f"{path} is larger than {LONGEST} bytes. {hint}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path} is no text: {error}. {hint}") from error
+
+
+def bounded(text: str) -> str:
+    """JSON; ValueError where reading it could take more memory than any file of ours needs."""
+    nested = text.count("[") + text.count("{")
+    if len(text) > LONGEST or nested > NESTED:
+        raise ValueError(
+            f"{len(text)} letters with {nested} lists and mappings; at most {LONGEST} and {NESTED} "
+            "are read"
+        )
+    return text
