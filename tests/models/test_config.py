@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -87,3 +88,28 @@ def test_a_configuration_prints_itself() -> None:
     assert str(found) == "timm.create_model('a', depth=3, mlp_ratio=2.0)"
     assert found.to_dict()["values"] == {"depth": 3, "mlp_ratio": 2.0}
     assert str(models.Config("transformers", "BConfig", {"b": 1})) == "BConfig(b=1)"
+
+
+def test_a_run_notes_the_configuration_that_builds_its_result(tmp_path: Any) -> None:
+    stage = {"batch_size": 64, "optimizer": {"name": "SGD", "lr": 0.01}}
+    result = cpd.compress(
+        lambda **args: timm.create_model("vit_tiny_patch16_224", **args),
+        model_args={**VIT, "in_chans": 1, "embed_dim": 24},
+        data={"digits": {"size": 32}},
+        target="macs=0.8",
+        limits={"*attn*": 0, "patch_embed*": 0},
+        uniform=True,
+        interval=1,
+        events=2,
+        prune=stage,
+        recover={**stage, "epochs": 1},
+        onnx=False,
+        output=tmp_path,
+    )
+    assert result.described is not None
+    assert set(result.described.values) == {"mlp_ratio"}
+    again = result.described.build()
+    again.load_state_dict(result.model.state_dict())
+    assert f"the same as {result.described}" in result.report.notes
+    noted = json.loads((tmp_path / "manifest.json").read_text())["extra"]["config"]
+    assert noted == result.described.to_dict()

@@ -263,8 +263,7 @@ class Shell:
         if not plan.options["uniform"]:
             return {}
         found = models.smaller(network, small, plan, args)
-        said = f"the same as {found}" if found else "no configuration of its class builds it"
-        self.console.print(said, markup=False, soft_wrap=True)
+        self.console.print(models.sentence(found), markup=False, soft_wrap=True)
         return {"config": found.to_dict()} if found else {}
 
     def sensitivity(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cpd import exporters
+from cpd import exporters, models
 from cpd.compress.config import BenchOptions, CompressConfig, plain
 from cpd.compress.journal import load_weights
 from cpd.compress.measure import report
@@ -36,11 +36,13 @@ class Result:
     Attributes:
         model: the smaller network, of the class it came from, trained.
         plan: what was kept. report: what was measured, and how it came about.
+        described: of a uniform plan, the configuration that builds the network, where there is one.
     """
 
     model: nn.Module
     plan: Plan
     report: Report
+    described: models.Config | None = None
 
     def __str__(self) -> str:
         """The report's table."""
@@ -66,6 +68,8 @@ class Result:
         """What the manifest says of how the network came about."""
         config, versions = self.report.config, self.report.environment or environment()
         found = {key: config[key] for key in ORIGIN if config.get(key) is not None}
+        if self.described is not None:
+            found["config"] = self.described.to_dict()
         return {**found, "versions": {k: v for k, v in versions.items() if k != "machine"}}
 
 
@@ -122,7 +126,12 @@ def compress(
         for name, module in small.named_modules():
             module.training = flags.get(name, flags[""])
         networks = {"before": base, "after": small}
-        result = Result(small, plan, report(run, networks, groups, plan, proof))
+        found = report(run, networks, groups, plan, proof)
+        described = None
+        if plan.options.get("uniform"):
+            described = models.smaller(base, small, replace(plan, groups=groups), config.model_args)
+            found = replace(found, notes=(*found.notes, models.sentence(described)))
+        result = Result(small, plan, found, described)
         if run.journal.folder is not None and run.main:
             result.save(run.journal.folder, overwrite=True)
     return result

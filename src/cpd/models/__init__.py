@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cpd.errors import ArtefactError, InputError
-from cpd.models._config import Config, smaller
+from cpd.models._config import Config, sentence, smaller
 from cpd.models.seaformer import SeaFormer, seaformer
 from cpd.models.seaformer import official_names as _seaformer_names
 from cpd.models.segformer import segformer
@@ -30,6 +30,7 @@ __all__ = [
     "official",
     "seaformer",
     "segformer",
+    "sentence",
     "smaller",
     "upernet",
 ]

@@ -79,6 +79,11 @@ def smaller(
     return None
 
 
+def sentence(found: Config | None) -> str:
+    """Say which configuration of its class builds a cut network."""
+    return f"the same as {found}" if found else "no configuration of its class builds it"
+
+
 def _least(values: dict[str, Any], fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """Leave out what need not change."""
     for name in list(values):
