@@ -410,6 +410,15 @@ def test_sensitivity_shows_and_writes(capsys, tmp_path):
     assert (tmp_path / "a.svg").stat().st_size > 1000
 
 
+def test_sensitivity_of_branches(capsys):
+    words = ["timm:vit_tiny_patch16_224", "--model_args", '{"img_size": 32, "in_chans": 1, '
+             '"num_classes": 10, "depth": 1}', "--ratios", "[0.5]", "--batches", "1"]  # fmt: skip
+    assert run("sensitivity", *words, "--depth", "true") == 0
+    shown = capsys.readouterr().out
+    assert "blocks.0:1" in shown
+    assert "100%:" in shown
+
+
 def limits_at(rise, model, capsys, *words):
     assert run("sensitivity", model, "--batches", "1", "--rise", rise, *words) == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("limits: "))

@@ -14,6 +14,7 @@ import cpd
 from cpd.errors import ArtefactError, InputError
 from cpd.sensitivity import Sensitivity, sensitivity
 from laws import random_scores
+from test_depth import Block, Net
 
 X, Y = torch.randn(16, 4), torch.randint(0, 3, (16,))
 
@@ -100,6 +101,34 @@ def test_each_family_is_measured_by_itself() -> None:
         assert found.losses[name] == ((pytest.approx(share), pytest.approx(wanted, rel=1e-5)),)
     assert Sensitivity.from_json(found.to_json()) == found
     assert cpd.choose(groups, scores, "macs=0.9", limits=found.limits(10.0))
+
+
+def test_each_branch_is_measured_by_itself() -> None:
+    """As with its last layer zeroed; a limit of 0 keeps it."""
+    model, x = Net(Block(), Block(), Block()).eval(), torch.randn(16, 4, 5)
+    groups = cpd.comb(model, x, depth=True)
+
+    def told(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1])
+
+    found = sensitivity(model, groups, random_scores(groups, 0), [(x, Y)], told, ratios=(0.5,))
+    for number in range(3):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.blocks[number].scale.zero_()
+            wanted = float(told(twin, (x, Y)))
+        assert found.losses[f"blocks.{number}:1"] == ((1.0, pytest.approx(wanted, rel=1e-5)),)
+    worst = max(range(3), key=lambda number: found.losses[f"blocks.{number}:1"][0][1])
+    rise = found.losses[f"blocks.{worst}:1"][0][1] / found.base - 1 - 1e-4
+    limits = {k: v for k, v in found.limits(max(rise, 0.0)).items() if k.startswith("blocks")}
+    assert limits[f"blocks.{worst}:1"] == 0.0
+    scores = random_scores(groups, 0)
+    for strategy in ("oneshot", "greedy", "knapsack"):
+        plan = cpd.choose(
+            groups, scores, "params=0.3", limits=limits, min_keep=0.0, strategy=strategy,
+            unreachable="closest",
+        )  # fmt: skip
+        assert f"blocks.{worst}:1" not in plan.branches
 
 
 def test_a_limit_is_that_of_the_family_that_bears_least() -> None:

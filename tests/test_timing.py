@@ -84,6 +84,27 @@ def test_real_networks(name: str) -> None:
     assert 0.58 <= ratio <= 0.62
 
 
+@pytest.mark.parametrize("strategy", ["oneshot", "greedy", "knapsack"])
+def test_branches_count_with_the_time_that_they_take(strategy: str) -> None:
+    """Whole branches go, and the network without them takes what was asked."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=6, num_classes=10
+    ).eval()
+    groups, clock = cpd.comb(model, X, depth=True), stairs(8)
+    assert len(groups.branches) == 12
+    scores = random_scores(groups, 0)
+    inside = {c for branch in groups.branches[6:] for c in branch.inside.tolist()}
+    for group in groups:
+        scores[group.name][torch.tensor([c in inside for c in group.classes.tolist()])] *= 1e-3
+    options: dict[str, Any] = {"strategy": strategy, "measure": clock, "min_keep": 0.3}
+    plan = cpd.choose(groups, scores, "latency=0.5", **options)
+    assert plan.branches
+    small = cpd.cut(model, plan)
+    ratio = clock(small, X) / clock(model, X)
+    assert 0.485 <= ratio <= 0.515
+    assert plan.costs["latency_ms"] == (clock(model, X), clock(small, X))
+
+
 def test_every_call_can_be_made_at_other_widths() -> None:
     """Each call of the graph runs alone, at all its rungs; inputs and weights fit each other."""
     model = timm.create_model(

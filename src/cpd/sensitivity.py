@@ -1,8 +1,9 @@
 """Sensitivity: the loss of a network when one family of units alone loses a share of them.
 
 A coupling group has one family (channels) or several (heads, and the dims inside them); each is
-measured by itself. What goes is masked, nothing is trained. The result says which groups bear much
-and which little; as `limits` it keeps `choose` from taking more than they bear.
+measured by itself, and so is each residual branch where combing looked for them. What goes is
+masked, nothing is trained. The result says which groups bear much and which little; as `limits` it
+keeps `choose` from taking more than they bear.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Sensitivity:
 
     A name is that of a group, or where it has several families that and the family's kind, such as
     "blocks.0.attn heads"; `groups` has the group of each such name. Shares are those that really
-    went: at least one unit stays, and a group may hold some back.
+    went: at least one unit stays, and a group may hold some back. A residual branch goes whole.
     """
 
     base: float
@@ -131,7 +132,7 @@ def sensitivity(
 
     Args:
         model: the network; a copy of it is masked.
-        groups: of this network, from `comb`.
+        groups: of this network, from `comb`; with `depth=True` its branches are measured too.
         scores: group name -> importance of its channels: which units go first.
         batches: data to take the mean loss over; gone through once for each family and share.
         loss: (model, batch) -> one number, as `importance.collect` takes it.
@@ -164,6 +165,11 @@ def sensitivity(
 
     base, names = mean(), _names(found)
     losses = {name: points(number) for number, name in names.items()}
+    for branch in groups.branches:
+        alive = groups.everything()
+        alive[groups.units.closure([branch.number])] = False
+        with mask(twin, plan_of(groups, alive, {})):
+            losses[branch.name] = ((1.0, mean()),)
     several = {name: found.sources[number].group.name for number, name in names.items()}
     return Sensitivity(base, losses, {k: v for k, v in several.items() if k != v})
 

@@ -275,6 +275,7 @@ class Shell:
         task: str | dict[str, Any] = "classification",
         importance: str | dict[str, Any] = "magnitude",
         ratios: list[float] | None = None,
+        depth: bool = False,
         rise: float | None = None,
         batches: int = 4,
         batch_size: int = 64,
@@ -292,6 +293,7 @@ class Shell:
             task: what the loss is of.
             importance: which units go first, scored on the same samples where it needs data.
             ratios: shares that go, such as [0.1,0.5]; by default 0.1, 0.25, 0.5, 0.75 and 0.9.
+            depth: also the loss without each residual branch.
             rise: also show limits for prune and recipes, the share of each group up to which the
                 loss rises by at most so much of the whole network's, such as 0.1.
             batches: batches to take the loss over.
@@ -306,7 +308,8 @@ class Shell:
         if limits is not None and rise is None:
             raise InputError("limits are those of a rise: also give --rise, such as --rise 0.1")
         network = made(Source(model, model_args or {}), weights)
-        found = measured(network, data, task, importance, batches, batch_size, ratios)
+        sizes = batches, batch_size
+        found = measured(network, data, task, importance, sizes, ratios, depth)
         self.console.print(str(found), markup=False, highlight=False, soft_wrap=True)
         if output is not None:
             write_text(output, found.to_json())

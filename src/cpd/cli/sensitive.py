@@ -26,12 +26,13 @@ def measured(
     data: Any,
     task: Any,
     importance: Any,
-    batches: int,
-    batch_size: int,
+    sizes: tuple[int, int],
     ratios: Sequence[float] | None = None,
+    depth: bool = False,
 ) -> Sensitivity:
     """The sensitivity of a network on the validation samples of a data set.
 
+    ``sizes`` are the batches and the samples of each; ``depth`` measures residual branches too.
     An importance that reads gradients or activations reads them of the same samples.
     """
     from cpd import data as shelf
@@ -43,12 +44,13 @@ def measured(
 
     source = shelf.resolve(named("data", data))
     judge = tasks.resolve(named("task", task))
+    batches, batch_size = sizes
     every = Batches(source.val, batch_size, seed=0, train=False)
     some = list(itertools.islice(every.epoch(0), batches))
     if not some:
         raise InputError(f"no batch to measure: batches is {batches}, or the data has no samples")
     args, kwargs, _ = unpack(some[0])
-    groups = comb(network.eval(), kwargs or args)
+    groups = comb(network.eval(), kwargs or args, depth=depth)
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         return judge.loss(answer(model, judge, batch), unpack(batch)[2])
