@@ -258,6 +258,16 @@ def test_options_reach_the_plan():
     assert len(events) == 2
 
 
+def test_a_teacher_of_ones_own_stays_as_it_is():
+    teacher = normed().train()
+    teacher.stem[0].weight.requires_grad_(False)
+    before = tensors(teacher), [p.requires_grad for p in teacher.parameters()]
+    compress(normed(), **keywords(teacher=teacher))
+    assert all(module.training for module in teacher.modules())
+    assert [p.requires_grad for p in teacher.parameters()] == before[1]
+    assert all(torch.equal(tensor, before[0][n]) for n, tensor in tensors(teacher).items())
+
+
 def test_without_a_teacher(tmp_path):
     folder = tmp_path / "out"
     compress(network().float(), **keywords(teacher=None, output=folder))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import cpd
 from cpd import errors
+from cpd import losses as loss_shelf
 from cpd.distill import Callback, TrainOptions, coerce, distill, read, write
 from cpd.distill.batches import Batches, parts, unpack
 from cpd.distill.optim import Schedule, build_optimizer, optimizers, schedules
@@ -165,6 +166,24 @@ def test_bf16_trains_float32_weights():
     run = distill(network(), data=Blobs(), options=options(precision="bf16", epochs=6))
     assert run.best > 0.9
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("at", [None, "0"])
+def test_losses_are_computed_in_float32_beside_autocast(at, monkeypatch):
+    seen = []
+
+    def gap(student, teacher):
+        """A sum of products, which autocast rounds."""
+        product = student @ teacher.detach().transpose(-1, -2)
+        seen.append((student.dtype, teacher.dtype, product.dtype))
+        return product.square().mean()
+
+    monkeypatch.setitem(loss_shelf.SHELF, "gap", gap)
+    losses = {"gap": {} if at is None else {"at": at}}
+    given = options(precision="bf16", epochs=1)
+    distill(network(), teacher=network(seed=2), data=Blobs(), losses=losses, options=given)
+    assert len(seen) > 2
+    assert set(seen) == {(torch.float32,) * 3}
 
 
 def test_frozen_norms_keep_their_statistics():
@@ -520,9 +539,30 @@ def test_no_decay_on_vectors():
     )
     matrices, vectors = optimizer.param_groups
     assert matrices["weight_decay"] == 0.5
+    assert all(p.ndim >= 2 for p in matrices["params"])
     assert vectors["weight_decay"] == 0
     assert all(p.ndim < 2 for p in vectors["params"])
     assert "LambdaLR" not in schedules()
+
+
+@pytest.mark.parametrize("norm_decay", [True, False])
+def test_no_decay_by_name(norm_decay):
+    model = network()
+    spec = {"name": "SGD", "lr": 1.0, "weight_decay": 0.5}
+    made = build_optimizer(model, spec, norm_decay=norm_decay, no_decay=["0.wei*"])
+    decayed, free = made.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.5, 0.0)
+    ids = {id(p) for p in free["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in ids}
+    vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
+    assert names == {"0.weight"} | (set() if norm_decay else vectors)
+    assert len(decayed["params"]) + len(ids) == len(list(model.parameters()))
+    for wrong in (["nothing*"], "0.weight", [1]):
+        with pytest.raises(errors.InputError, match="no_decay"):
+            build_optimizer(model, spec, no_decay=wrong)
+    given = options(no_decay=["nothing*"])
+    with pytest.raises(errors.InputError, match="no parameter is named like"):
+        distill(network(), data=Blobs(), options=given)
 
 
 # --- bad input

@@ -26,7 +26,8 @@ from cpd.study.figures import bars, curves, knee
 from recipe import options_exist, teacher_of
 
 RECIPES = house.ROOT / "recipes"
-STUDIES = sorted([*(RECIPES / "study").glob("*[0-9].yaml"), *RECIPES.glob("paper/table?.yaml")])
+PAPER = [*RECIPES.glob("paper/figure?.yaml"), *RECIPES.glob("paper/table?.yaml")]
+STUDIES = sorted([*(RECIPES / "study").glob("*[0-9].yaml"), *PAPER])
 
 
 def small(width: int = 8) -> nn.Module:
@@ -327,6 +328,18 @@ def test_curves_and_their_knee_by_hand(tmp_path: Path) -> None:
     assert [(round(x, 6), round(y, 6)) for x, y, _ in line] == [(0, 0.6), (0.5, 0.45)]
     assert line[1][2] == pytest.approx(0.1 / 2**0.5)
     assert list(curves(found, "seed", "miou")) == ["0", "1"]
+    removed = [1 - record["after"]["params"] / record["before"]["params"] for record in found]
+    line = curves(found, None, "miou", "seed", "params")["miou"]
+    assert [x for x, _, _ in line] == [0, pytest.approx(sum(removed) / 2)]
+
+
+def test_the_unpruned_network_counts_once_for_each_seed(tmp_path: Path) -> None:
+    study = grid(tmp_path)
+    found = records(study, [outcome(study, k, 0.5, 500) for k in range(4)])
+    for record in found:
+        record["before"]["metrics"]["miou"] = {"0": 0.5, "1": 0.7}[record["place"]["seed"]]
+    (_, mean, spread), *_ = curves(found, None, "miou", "seed")["miou"]
+    assert (mean, spread) == (pytest.approx(0.6), pytest.approx(0.2 / 2**0.5))
     assert knee([(0, 1.0), (0.4, 0.9), (0.8, 0.2), (1, 0)]) == 0.4
     assert knee([(0, 1.0), (0.5, 0.5), (1, 0.0)]) is None, "a straight line has none"
     assert knee([(0, 1.0), (1, 0.0)]) is None
@@ -391,7 +404,7 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
 def test_there_is_a_study_for_every_table_and_figure() -> None:
     names = [f"{path.parent.name}/{path.stem}" for path in STUDIES]
     assert names == [
-        *("paper/table1", "paper/table2", "paper/table3", "paper/table4"),
+        *("paper/figure5", "paper/table1", "paper/table2", "paper/table3", "paper/table4"),
         *("study/figure5", "study/table3", "study/table4"),
     ]
 

@@ -41,7 +41,7 @@ def report(
         widths=plan.widths,
         frozen=groups.frozen,
         config=config.to_dict(),
-        environment=environment() if run.main and config.onnx else {},
+        environment=environment() if run.main else {},
         proof=proof,
         notes=plan.notes,
         pictures=pictures(run, networks) if run.main else (),

@@ -131,7 +131,7 @@ class Run:
         for stage in (config.base, config.prune, config.recover):
             if stage is not None:
                 try_out(model, stage.optimizer, stage.schedule)
-        self.teacher = teacher
+        self.teacher = copy.deepcopy(teacher)  # it is frozen and moved
         self.groups: Groups | None = None
         self.calibration: list[Any] = []
         first = next(model.parameters(), None)

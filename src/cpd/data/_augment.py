@@ -47,9 +47,10 @@ def training(scale: tuple[int, int], crop: tuple[int, int], *, most: float = 0.7
 
 
 def distortion() -> Any:
-    """Brightness, contrast, saturation and hue at random, as in MMSegmentation.
+    """Brightness, contrast, saturation and hue at random, with MMSegmentation's ranges.
 
     torchvision's transform is that of SSD, which also permutes the colours; here they stay.
+    Brightness is a factor in it, where MMSegmentation adds up to 32 of 255 to every pixel.
     """
     from torchvision.transforms import v2
 
@@ -57,7 +58,7 @@ def distortion() -> Any:
         def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
             return {**super().make_params(flat_inputs), "channel_permutation": None}
 
-    return Distortion()
+    return Distortion(hue=(-0.1, 0.1))
 
 
 def whole(scale: tuple[int, int]) -> Transform:

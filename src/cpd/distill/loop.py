@@ -133,7 +133,9 @@ class Loop:
             raise InputError("losses that learn along need parallel: ddp, not fsdp")
         if self.losses is not None and self._learning():
             trained = nn.ModuleList([trained, self.losses.modules])
-        optimizer = build_optimizer(trained, options.optimizer, norm_decay=options.norm_decay)
+        optimizer = build_optimizer(
+            trained, options.optimizer, norm_decay=options.norm_decay, no_decay=options.no_decay
+        )
         by_epoch = isinstance(options.schedule, Mapping) and options.schedule.get("per") == "epoch"
         epoch = len(self.train) if by_epoch else 1
         schedule = Schedule(
@@ -267,9 +269,10 @@ class Loop:
                 outputs = self.model(*args, **kwargs)
                 taught = self.teacher.logits(args, kwargs, known)
             terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
-            seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
-            found = self.losses(task.logits(outputs).float(), taught.float(), seen)
-        return terms | found
+        # Losses are sums of products: outside of autocast, or these would be rounded as well.
+        own, other = ({name: _single(x) for name, x in each.items()} for each in (own, other))
+        seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
+        return terms | self.losses(_single(task.logits(outputs)), _single(taught), seen)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.options.precision == "no":
@@ -372,3 +375,8 @@ class Loop:
             self.losses.modules.load_state_dict(saved.get("losses", {}))
         self.best, self.evaluated = saved["best"], saved["evaluated"]
         self.sums, self.counted = dict(saved["running"]["sums"]), saved["running"]["counted"]
+
+
+def _single(x: torch.Tensor) -> torch.Tensor:
+    """Halves as float32; everything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

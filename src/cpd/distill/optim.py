@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -54,24 +56,33 @@ def _made(kind: str, name: str, make: Callable[..., Any], *args: Any, **options:
         raise InputError(text) from error
 
 
-def build_optimizer(model: nn.Module, spec: Any, *, norm_decay: bool = True) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, spec: Any, *, norm_decay: bool = True, no_decay: Sequence[str] = ()
+) -> Optimizer:
     """The optimizer of a model's trainable parameters.
 
     ``spec``: a name, a mapping with ``name`` and options, or a callable.
-    ``norm_decay=False`` takes the weight decay off parameters with fewer than two axes.
+    ``norm_decay=False`` takes the weight decay off parameters with fewer than two axes, and
+    ``no_decay`` off those whose names match one of its patterns.
 
     Raises:
-        UnknownName: no optimizer of that name. InputError: options that it does not take.
+        UnknownName: no optimizer of that name. InputError: options that it does not take, or a
+            pattern that no parameter's name matches.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = list(named.values())
     if not trained:
         raise InputError("the student has no parameter that requires a gradient; nothing to train")
+    _check_patterns(model, no_decay)
     parameters: Iterable[Any] = trained
-    if not norm_decay:
-        vectors = [p for p in trained if p.ndim < 2]
+    if not norm_decay or no_decay:
+        free = [
+            (p.ndim < 2 and not norm_decay) or any(fnmatchcase(name, each) for each in no_decay)
+            for name, p in named.items()
+        ]
         parameters = [
-            {"params": [p for p in trained if p.ndim >= 2]},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p, without in zip(trained, free, strict=True) if not without]},
+            {"params": list(itertools.compress(trained, free)), "weight_decay": 0.0},
         ]
     if callable(spec):
         made = spec(parameters)
@@ -81,6 +92,16 @@ def build_optimizer(model: nn.Module, spec: Any, *, norm_decay: bool = True) -> 
     name, options = _split("optimizer", spec, kinds)
     optimizer: Optimizer = _made("optimizer", name, kinds[name], parameters, **options)
     return optimizer
+
+
+def _check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Refuse what is no list of patterns, and patterns that match nothing, frozen ones too."""
+    if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
+        raise InputError(f"no_decay must be a list of patterns of names, got {patterns!r}")
+    names = [name for name, _ in model.named_parameters()]
+    for each in patterns:
+        if not any(fnmatchcase(name, each) for name in names):
+            raise InputError(f"no_decay: no parameter is named like {each!r}, such as {names[0]!r}")
 
 
 def try_out(model: nn.Module, optimizer: Any, schedule: Any) -> None:

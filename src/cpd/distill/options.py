@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ class LoopOptions:
             asks for (``T_max``, ``total_steps``, ``total_iters``) is filled in where left out.
         warmup: steps over which the rate rises linearly from zero to its full value.
         norm_decay: False takes the weight decay off vectors and scalars: norms, biases.
+        no_decay: patterns of parameters' names that have none either, such as "*.pos_embed".
         precision: "no" (as the parameters are) or "bf16" (autocast; the loss stays float32).
         accumulate: parts into which each batch is split; gradients add up over the parts.
         clip: largest total norm of the gradient.
@@ -49,6 +50,7 @@ class LoopOptions:
     schedule: Any = None
     warmup: int = 0
     norm_decay: bool = True
+    no_decay: Sequence[str] = ()
     precision: str = "no"
     accumulate: int = 1
     clip: float | None = None

@@ -28,7 +28,8 @@ class Config:
     Attributes:
         backbone: name in timm of a plain vision transformer.
         image_size: side of the images that the table of positions is made for.
-        taken: numbers of the blocks whose outputs the neck takes. scales: of its levels.
+        taken: numbers of the blocks whose outputs are taken.
+        scales: of the levels that the neck makes of them; nothing: no neck, all levels as they are.
         channels: width of the head. auxiliary: width of the auxiliary head.
         pools: sides of the pooled maps of the PSP module.
         final_norm: whether the last block's output is normalised.
@@ -39,7 +40,7 @@ class Config:
     backbone: str
     image_size: int = 512
     taken: Sequence[int] = (2, 5, 8, 11)
-    scales: Sequence[float] = (4, 2, 1, 0.5)
+    scales: Sequence[float] | None = (4, 2, 1, 0.5)
     channels: int = 512
     auxiliary: int = 256
     pools: Sequence[int] = (1, 2, 3, 6)
@@ -52,7 +53,7 @@ CONFIGS = {
     "deit_t": Config("deit_tiny_patch16_224"),
     "deit_s": Config("deit_small_patch16_224"),
     "deit_b": Config("deit_base_patch16_224"),
-    "vit_b": Config("vit_base_patch16_224", final_norm=True),
+    "vit_b": Config("vit_base_patch16_224"),
 }
 
 
@@ -156,7 +157,7 @@ class Head(nn.Module):
 
     def __init__(self, inside: int, config: Config, classes: int) -> None:
         super().__init__()
-        channels, levels = config.channels, len(config.scales)
+        channels, levels = config.channels, len(config.taken)
         self.pyramid = Pyramid(inside, channels, config.pools)
         self.lateral = nn.ModuleList(
             ConvNorm(inside, channels, activation=nn.ReLU) for _ in range(levels - 1)
@@ -193,7 +194,8 @@ class AuxiliaryHead(nn.Sequential):
 
 
 class UPerNet(nn.Module):
-    """Images (N, 3, H, W) → logits (N, classes, H / 4, W / 4) for patches of 16.
+    """Images (N, 3, H, W) → logits (N, classes, H / 4, W / 4) for patches of 16, of H / 16 without
+    a neck.
 
     Images that patches do not fill are padded, and their logits come as (N, classes, H, W): at any
     coarser resolution they would not lie on the image exactly.
@@ -209,7 +211,7 @@ class UPerNet(nn.Module):
         super().__init__()
         self.backbone = Backbone(config, in_chans)
         width = self.backbone.width
-        self.neck = Neck(width, config.scales)
+        self.neck = None if config.scales is None else Neck(width, config.scales)
         self.head = Head(width, config, num_classes)
         made = AuxiliaryHead(width, config.auxiliary, num_classes) if auxiliary else None
         self.auxiliary = made
@@ -218,7 +220,9 @@ class UPerNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the logits, or both in a mapping."""
-        levels = self.neck(self.backbone(x))
+        levels = self.backbone(x)
+        if self.neck is not None:
+            levels = self.neck(levels)
         logits = self._within(self.head(levels), x)
         if self.auxiliary is None:
             return logits

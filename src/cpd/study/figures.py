@@ -16,6 +16,7 @@ __all__ = ["bars", "curves", "drawn", "knee"]
 
 Record = Mapping[str, Any]
 Curve = list[tuple[float, float, float]]  # removed, mean, deviation
+_COSTS = {"macs": "MACs", "params": "parameters"}
 
 
 def drawn(
@@ -34,32 +35,42 @@ def drawn(
     series = figure.get("series")
     if figure["kind"] == "classes":
         return _svg(_classes(bars(records, series, figure.get("count", 16)))), []
-    lines = curves(records, series, study.metric, study.over)
+    cost = figure.get("against", "macs")
+    lines = curves(records, series, study.metric, study.over, cost)
     said = []
     for name, curve in lines.items():
         at = knee([(x, y) for x, y, _ in curve])
         if at is not None:
-            said.append(f"- {name}: the knee is at {at:.0%} of the MACs removed.")
-    return _svg(_lines(lines, study.metric)), said
+            said.append(f"- {name}: the knee is at {at:.0%} of the {_COSTS[cost]} removed.")
+    return _svg(_lines(lines, study.metric, _COSTS[cost])), said
 
 
 def curves(
-    records: Sequence[Record], series: str | None, metric: str, over: str | None = None
+    records: Sequence[Record],
+    series: str | None,
+    metric: str,
+    over: str | None = None,
+    cost: str = "macs",
 ) -> dict[str, Curve]:
-    """Line → points in order of what was removed, each a mean over the levels of ``over``.
+    """Line → points in order of the share removed of a ``cost``, each a mean over the levels of
+    ``over``.
 
     The first point is the unpruned network, with nothing removed.
     """
     found: dict[str, dict[tuple[str, ...], list[tuple[float, float]]]] = {}
+    whole: set[tuple[str, str | None, float]] = set()
     for record in records:
         named = record["place"]
         places = found.setdefault(named[series] if series else metric, {})
         place = tuple(level for axis, level in named.items() if axis != over)
-        removed = 1 - record["after"]["macs"] / record["before"]["macs"]
-        for key, side, x in (((), "before", 0.0), (place, "after", removed)):
-            value = record[side]["metrics"].get(metric)
-            if value is not None:
-                places.setdefault(key, []).append((x, value))
+        removed = 1 - record["after"][cost] / record["before"][cost]
+        before, after = (record[side]["metrics"].get(metric) for side in ("before", "after"))
+        same = (named[series] if series else metric, named.get(over or ""), before)
+        if before is not None and same not in whole:  # runs of one network count it once
+            whole.add(same)
+            places.setdefault((), []).append((0.0, before))
+        if after is not None:
+            places.setdefault(place, []).append((removed, after))
     return {name: _means(places) for name, places in found.items()}
 
 
@@ -121,7 +132,7 @@ def bars(records: Sequence[Record], series: str | None, count: int) -> dict[str,
     }
 
 
-def _lines(lines: Mapping[str, Curve], metric: str) -> Figure:
+def _lines(lines: Mapping[str, Curve], metric: str, cost: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -134,7 +145,7 @@ def _lines(lines: Mapping[str, Curve], metric: str) -> Figure:
         at = knee(list(zip(removed, values, strict=True)))
         if at is not None:
             axes.axvline(100 * at, color=bar[0].get_color(), linestyle=":", linewidth=1)
-    axes.set_xlabel("MACs removed, %; dotted: the knee")
+    axes.set_xlabel(f"{cost} removed, %; dotted: the knee")
     axes.set_ylabel(f"{metric}, %")
     axes.grid(alpha=0.3)
     if len(lines) > 1:

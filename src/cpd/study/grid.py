@@ -17,7 +17,8 @@ __all__ = ["Cell", "Study", "laid", "names_in"]
 Recipe = Mapping[str, Any]
 _MERGED = ("base", "prune", "recover", "bench")  # stages: changed key by key; all else is replaced
 _KINDS = ("curve", "classes")
-_FIGURE = ("name", "kind", "series", "where", "count")
+_FIGURE = ("name", "kind", "series", "where", "count", "against")
+_AGAINST = ("macs", "params")
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Study:
             changed key by key, other keys are replaced; later axes win.
         over: the axis that means and deviations run over, such as the seed.
         metric: what the networks are judged by.
-        figures: mappings of ``name``, ``kind`` ("curve": metric against MACs removed, with its
+        figures: mappings of ``name``, ``kind`` ("curve": metric against what was removed, with its
             knee; "classes": the best classes), ``series`` (the axis of its lines or bars),
-            ``where`` (axis → level, for the other axes) and ``count`` (of classes).
+            ``where`` (axis → level, for the other axes), ``count`` (of classes) and ``against``
+            ("macs" or "params", of a curve).
         input_shape: of one sample, for measuring costs without data; some libraries know it.
         runs: folder of the cells, which several studies may share. kept: folder of their reports
             without pictures, small enough for a repository: a cell with one there is done, though
@@ -141,6 +143,8 @@ def _check_figure(figure: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
         raise InputError(f"a figure needs a name, which its file gets: {dict(figure)}")
     if figure.get("kind") not in _KINDS:
         raise UnknownName("kind of figure", str(figure.get("kind")), _KINDS)
+    if figure.get("against", "macs") not in _AGAINST:
+        raise UnknownName("cost of a figure", str(figure["against"]), _AGAINST)
     series = [figure["series"]] if figure.get("series") else []
     for axis in (*figure.get("where", {}), *series):
         if axis not in axes:
