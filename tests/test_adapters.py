@@ -143,6 +143,27 @@ def test_a_trainer_distills(tmp_path, quiet):
         trainer(model, pruner, tmp_path, DistillTrainer, **learns)
 
 
+def test_a_trainer_that_smooths_labels_shows_them_to_losses(tmp_path, quiet):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from cpd.adapters.transformers import DistillTrainer
+    from examples.with_transformers import arguments
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    config = ViTConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=2, num_channels=1, num_labels=10
+    )
+    model, teacher = ViTForImageClassification(config), ViTForImageClassification(config)
+    DistillTrainer(
+        model=model,
+        teacher=teacher,
+        losses="dkd",
+        args=arguments(tmp_path, max_steps=2, label_smoothing_factor=0.1),
+        train_dataset=common.Ordered(),
+        optimizers=(common.optimizer_of(model), None),
+    ).train()
+
+
 def test_a_network_of_transformers_is_pruned_and_distilled(tmp_path, quiet):
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -185,6 +206,33 @@ def lit(pruner, folder, *, parts=1, callbacks=(), **more):
         enable_model_summary=False,
         **more,
     )
+
+
+def test_of_several_optimizers_of_lightning_the_first_counts(tmp_path, quiet):
+    from lightning.pytorch import LightningModule
+
+    class Two(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.other = common.network(), nn.Linear(3, 1)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, _):
+            losses = self.net(**batch)["loss"], self.other(torch.ones(2, 3)).square().mean()
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(each.parameters(), lr=0.01) for each in (self.net, self.other)]
+
+    module, seen = Two(), []
+    pruner = cpd.Pruner(module.net, common.EXAMPLE, importance="taylor", target="macs=0.5")
+    observe = pruner.observe
+    pruner.observe = lambda **more: (seen.append(more), observe(**more))
+    lit(pruner, tmp_path).fit(module, common.loader())
+    assert len(seen) == pruner.steps == 18  # Lightning counts the steps of both
 
 
 SHORT_TIMES = {"interval": 9, "events": 1}

@@ -476,6 +476,17 @@ def test_batches_that_cannot_be_shared():
         next(Batches(DataLoader(source, 5), 5, seed=0, world=2).epoch(0))
 
 
+@pytest.mark.parametrize("samples", [16, 17, 19, 22])
+def test_an_uneven_last_batch_of_a_loader_is_shared_as_far_as_it_divides(samples):
+    loader = DataLoader(TensorDataset(torch.arange(samples)), 8)
+    found = [
+        [int(x) for batch in Batches(loader, 8, 0, rank=rank, world=2).epoch(0) for x in batch[0]]
+        for rank in range(2)
+    ]
+    assert [len(each) for each in found] == [samples // 2] * 2
+    assert sorted(found[0] + found[1]) == list(range(samples // 2 * 2))
+
+
 def test_a_loader_without_batches_or_length():
     class Nothing:
         train = ()

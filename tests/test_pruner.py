@@ -297,6 +297,32 @@ def test_groups_of_parameters_schedules_ties_and_what_is_frozen_stay():
     assert small[0].weight.shape[0] == small[0].out_features < 8
 
 
+def test_copies_of_other_names_or_shapes_are_refused():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ema = network()
+
+    wider = network()
+    layer = next(module for module in wider.modules() if isinstance(module, nn.Conv2d))
+    layer.weight = nn.Parameter(torch.zeros(99, *layer.weight.shape[1:]))
+    for each in (Holder(), wider):
+        with pytest.raises(errors.InputError, match=r"copies\[0\].*has not the network's"):
+            cpd.Pruner(network(), X, target="macs=0.4", copies=[each], **TIMES)
+
+
+def test_an_optimizer_that_writes_after_its_inner_one_is_refused():
+    pytest.importorskip("timm")
+    from timm.optim import Lookahead
+
+    model = network()
+    lookahead = Lookahead(sgd(model.parameters()))
+    pruner = cpd.Pruner(model, X, target="macs=0.4", **TIMES)
+    for use in (pruner.attach, pruner.step):
+        with pytest.raises(errors.InputError, match="Lookahead writes the weights after"):
+            use(lookahead)
+
+
 def test_averages_are_masked_and_cut_along():
     model = network()
     average = torch.optim.swa_utils.AveragedModel(

@@ -416,6 +416,42 @@ def test_no_memory_says_what_needs_less(error, whole, tmp_path):
     agrees(whole, folder)
 
 
+@pytest.mark.parametrize("place", ["comb", "verify", "cut", "report", "on_start", "on_end"])
+def test_no_memory_outside_of_steps_says_so_too(place, monkeypatch):
+    def starved(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Starved:
+        pass
+
+    if place in ("on_start", "on_end"):
+        setattr(Starved, place, starved)
+    else:
+        module = "cpd.compress" if place == "report" else "cpd.compress.run"
+        monkeypatch.setattr(sys.modules[module], place, starved)
+    where = "in stage 'prune'" if place[:3] == "on_" else "before, between or after the stages"
+    with pytest.raises(errors.OutOfMemory, match=where):
+        compress(normed(), **keywords(), callbacks=(Starved(),))
+
+
+def test_no_memory_for_another_process_says_so(monkeypatch):
+    """A worker that cannot be forked is an OSError; other ones stay what they are."""
+    from cpd.distill import Loop
+
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
+    for error, kind in (
+        (OSError(12, "Cannot allocate memory"), errors.OutOfMemory),
+        (FileNotFoundError("a.jpg"), FileNotFoundError),
+    ):
+
+        def epoch(self, error=error):
+            raise error
+
+        monkeypatch.setattr(Loop, "_epoch", epoch)
+        with pytest.raises(kind):
+            distill(normed(), data=Data(), options=options)
+
+
 def test_no_memory_and_a_dead_worker_in_the_last_evaluation_say_so(monkeypatch):
     from cpd.distill import Loop
 

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from cpd.pruner import Pruner
+from cpd.pruner.carry import inner_optimizer
 
 __all__ = ["PruneCallback"]
 
@@ -40,8 +41,12 @@ class PruneCallback(Callback):
             self.pruner.observe(whole=False, scaler=_scaler(trainer))
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:  # noqa: ARG002
-        """Look at the gradients, unless the step will be left out for an overflow."""
-        self.pruner.observe(scaler=_scaler(trainer))
+        """Look at the gradients, unless the step will be left out for an overflow.
+
+        Of several optimizers the first counts, as for the steps.
+        """
+        if inner_optimizer(optimizer) is inner_optimizer(trainer.optimizers[0]):
+            self.pruner.observe(scaler=_scaler(trainer))
 
     def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ARG002
         """Watch no longer."""

@@ -112,16 +112,16 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The network's loss, and in training the weighted terms of the teacher."""
+        targets = inputs.get("labels")  # the Trainer takes them out where it smooths labels
         with self.losses.watching() as (own, other):
             more = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}
             loss, outputs = super().compute_loss(model, inputs, **more)
             if model.training:
                 with torch.no_grad():
                     taught = self.teacher(**inputs)
-                targets = inputs.get("labels")
                 step, total = self.state.global_step, max(self.state.max_steps, 1)
                 seen = loss_shelf.Seen(targets, own, other, step, total)
-                own_logits, others = (self.task.logits(x).float() for x in (outputs, taught))
+                own_logits, others = (self.task.logits(x) for x in (outputs, taught))
                 terms = self.losses(own_logits, others, seen)
                 loss = self.task_weight * loss + sum(terms.values())
         return (loss, outputs) if return_outputs else loss

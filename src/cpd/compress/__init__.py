@@ -18,6 +18,7 @@ from cpd.compress.journal import load_weights
 from cpd.compress.measure import report
 from cpd.compress.run import Run, built
 from cpd.distill import isolated
+from cpd.distill.failures import explaining
 from cpd.files import write_text
 from cpd.plan import Plan
 from cpd.report import Report, environment
@@ -113,7 +114,7 @@ def compress(
     noted = None if isinstance(model, nn.Module) else plain(model)
     config = CompressConfig.of(target=target, data=data, model=noted, teacher=teacher, **options)
     taught = teacher if isinstance(teacher, nn.Module) else None
-    with isolated(config.seed):
+    with isolated(config.seed), explaining(lambda: "before, between or after the stages"):
         given = built(model, config)
         flags = {name: module.training for name, module in given.named_modules()}
         run = Run(config, given, example_inputs=example_inputs, teacher=taught, callbacks=callbacks)

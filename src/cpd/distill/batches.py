@@ -251,20 +251,27 @@ class Batches:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(number)
         shared = self.world == 1 or isinstance(sampler, DistributedSampler)
-        batches = iter(self.source)
+        batches, most = iter(self.source), 0
         for index in range(2**62):
             seed_all(derive(self.seed, "batch", number, index))
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            if index >= skip:
-                yield batch if shared else self._share(batch)
+            if shared:
+                if index >= skip:
+                    yield batch
+                continue
+            rows = size(batch)
+            most = max(most, rows)
+            if index >= skip and (rows >= self.world or not self.train):
+                yield self._share(batch, rows, most)
 
-    def _share(self, batch: Any) -> Any:
-        rows = size(batch)
-        if self.train and rows % self.world:
+    def _share(self, batch: Any, rows: int, most: int) -> Any:
+        """Equal parts of a batch for training; of one smaller than those before, what divides."""
+        over = rows % self.world if self.train else 0
+        if over and rows == most:
             text = f"a batch of {rows} samples cannot be shared by {self.world} processes"
             raise InputError(text)
-        pick = slice(self.rank, None, self.world)
+        pick = slice(self.rank, rows - over, self.world)
         return _mapped(batch, lambda tensor: tensor[pick] if tensor.ndim else tensor)

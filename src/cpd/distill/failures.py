@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 
-from cpd.distill.callbacks import State
 from cpd.errors import CPDError, DataError, OutOfMemory
 
-__all__ = ["explained"]
+__all__ = ["explained", "explaining"]
 
 NO_MEMORY = (
     "can't allocate memory",
@@ -18,11 +20,27 @@ NO_MEMORY = (
 NO_WORKER = ("DataLoader worker", "worker exited unexpectedly")
 
 
-def explained(error: Exception, state: State) -> CPDError | None:
+@contextmanager
+def explaining(where: Callable[[], str]) -> Iterator[None]:
+    """Turn what torch and the system raise into errors of the tree, where it is known what it is.
+
+    Raises:
+        OutOfMemory, DataError: no memory is left; a process that loads data died.
+    """
+    try:
+        yield
+    except CPDError:
+        raise
+    except (RuntimeError, MemoryError, OSError) as error:
+        known = explained(error, where())
+        if known is None:
+            raise
+        raise known from error
+
+
+def explained(error: Exception, where: str) -> CPDError | None:
     """The error of the tree that an error of torch or the system means, or None."""
     text = str(error)
-    # the last evaluation comes after the last step
-    where = f"at step {min(state.step + 1, state.total)} of {state.total} in stage {state.stage!r}"
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if memory or any(word in text for word in NO_MEMORY):
         return OutOfMemory(

@@ -15,7 +15,7 @@ from cpd import losses as loss_shelf
 from cpd.distill.batches import Batches, examples, parts, size, to_device, unpack
 from cpd.distill.callbacks import Callbacks, State
 from cpd.distill.evaluate import evaluate
-from cpd.distill.failures import explained
+from cpd.distill.failures import explaining
 from cpd.distill.optim import Schedule, build_optimizer
 from cpd.distill.options import LoopOptions, TrainOptions
 from cpd.distill.seeds import derive, seed_all
@@ -170,20 +170,23 @@ class Loop:
             NonFiniteLoss: a loss became NaN or infinite; nothing was stepped with it.
             OutOfMemory, DataError: no memory is left; a process that loads data died.
         """
+        with explaining(self._where):
+            return self._run()
+
+    def _where(self) -> str:
+        state = self.state
+        step = min(state.step + 1, state.total)  # the last evaluation comes after the last step
+        return f"at step {step} of {state.total} in stage {state.stage!r}"
+
+    def _run(self) -> nn.Module:
         state = self.state
         self._training()
         self.optimizer.zero_grad(set_to_none=True)
         self.callbacks("on_start", state)
-        try:
-            while not self._finished():
-                self._epoch()
-            if state.step and self.evaluated != state.step:
-                self._evaluate()
-        except (RuntimeError, MemoryError) as error:
-            known = explained(error, state)
-            if known is None:
-                raise
-            raise known from error
+        while not self._finished():
+            self._epoch()
+        if state.step and self.evaluated != state.step:
+            self._evaluate()
         if self.best is not None and self.keep == "best":
             self.spread.load(self.best["weights"])
         self.optimizer.zero_grad(set_to_none=True)
@@ -269,10 +272,8 @@ class Loop:
                 outputs = self.model(*args, **kwargs)
                 taught = self.teacher.logits(args, kwargs, known)
             terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
-        # Losses are sums of products: outside of autocast, or these would be rounded as well.
-        own, other = ({name: _single(x) for name, x in each.items()} for each in (own, other))
         seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
-        return terms | self.losses(_single(task.logits(outputs)), _single(taught), seen)
+        return terms | self.losses(task.logits(outputs), taught, seen)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.options.precision == "no":
@@ -375,8 +376,3 @@ class Loop:
             self.losses.modules.load_state_dict(saved.get("losses", {}))
         self.best, self.evaluated = saved["best"], saved["evaluated"]
         self.sums, self.counted = dict(saved["running"]["sums"]), saved["running"]["counted"]
-
-
-def _single(x: torch.Tensor) -> torch.Tensor:
-    """Halves as float32; everything else as it is."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,20 @@ class Attached:
     def __call__(
         self, student: torch.Tensor, teacher: torch.Tensor, seen: Seen
     ) -> dict[str, torch.Tensor]:
-        """Return every weighted term: logits from the arguments, features from ``seen``."""
+        """Return every weighted term: logits from the arguments, features from ``seen``.
+
+        In float32 where networks give halves, and beside autocast: losses are sums of products.
+        """
+        student, teacher = _single(student), _single(teacher)
+        own, other = (
+            {k: _single(x) for k, x in each.items()} for each in (seen.student, seen.teacher)
+        )
+        with torch.autocast(student.device.type, enabled=False):
+            return self._terms(student, teacher, replace(seen, student=own, teacher=other))
+
+    def _terms(
+        self, student: torch.Tensor, teacher: torch.Tensor, seen: Seen
+    ) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for number, term in enumerate(self.losses.terms):
             if term.at is None and not term.stateful:
@@ -231,3 +245,8 @@ def attach(
     if made.points or any(term.stateful for term in losses.terms):
         made.prepare(inputs(), logits, seed=seed)
     return made
+
+
+def _single(x: torch.Tensor) -> torch.Tensor:
+    """Halves as float32; everything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

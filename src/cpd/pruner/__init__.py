@@ -87,6 +87,7 @@ class Pruner:
             raise InputError(f"cut_every must be a whole number of at least 0, got {every!r}")
         self.model = _inner(model, cut_every)
         self.copies = [inner_model(each) for each in copies]
+        _check_copies(self.model, self.copies)
         self.example_inputs, self.cut_every = example_inputs, cut_every
         groups = self._groups()
         self.rounds = Rounds(groups, resolve(importance), self.schedule, choice)
@@ -125,7 +126,8 @@ class Pruner:
 
         Call it after `loss.backward()`, once the gradients of all accumulated parts are there.
         `scaler`: the `torch.amp.GradScaler` that scaled the loss; it steps and is updated here. A
-        step that it leaves out, for a gradient that is not finite, counts for nothing.
+        step that it leaves out, for a gradient that is not finite, counts for nothing, but for the
+        finite parts of an accumulated batch that were observed before.
 
         Returns the event that followed, or None.
         """
@@ -319,6 +321,21 @@ _TIMES = ("interval", "events", "step")
 def _device(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def _check_copies(model: nn.Module, copies: Iterable[nn.Module]) -> None:
+    """Refuse a copy that masks of this network's tensors do not fit."""
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for number, each in enumerate(copies):
+        found = {name: parameter.shape for name, parameter in each.named_parameters()}
+        wrong = next((name for name in wanted if found.get(name) != wanted[name]), None)
+        if wrong is not None:
+            have = "none" if wrong not in found else f"one of {tuple(found[wrong])}"
+            raise InputError(
+                f"copies[{number}], a {type(each).__name__}, has not the network's parameter "
+                f"{wrong!r} of {tuple(wanted[wrong])}, but {have}: give the copy of the network "
+                "itself, not what holds it"
+            )
 
 
 def _inner(model: nn.Module, cut_every: int) -> nn.Module:

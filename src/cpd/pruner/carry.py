@@ -34,7 +34,16 @@ POWERS = {
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer of torch inside wrappers that hold it as `.optimizer`."""
+    """The optimizer of torch inside wrappers that hold it as `.optimizer`.
+
+    Raises:
+        InputError: an optimizer inside another one that writes the weights after it, as Lookahead.
+    """
+    if isinstance(getattr(optimizer, "_base_optimizer", None), torch.optim.Optimizer):
+        raise InputError(
+            f"{type(optimizer).__name__} writes the weights after its inner optimizer has stepped, "
+            "from a copy that keeps what was pruned: train with the inner optimizer alone"
+        )
     while not isinstance(optimizer, torch.optim.Optimizer) or _wraps(optimizer):
         held = getattr(optimizer, "optimizer", None)
         if held is None:
