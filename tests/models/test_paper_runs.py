@@ -45,6 +45,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "options": {"embed_dim": 48, "depth": 4, "num_heads": 3},
     },
     "timm:mobilenetv2_100": {},
+    "timm:resnet50": {},
+    "timm:resnext50_32x4d": {},
 }
 SMALL["cpd:upernet_deit_b"] = SMALL["cpd:upernet_deit_s"]
 
@@ -114,8 +116,9 @@ def ran(name: str, folder: Path, *, size: int = SIZE, **changes: Any) -> dict[st
     return report
 
 
-def test_a_classifier(tmp_path: Path) -> None:
-    report = ran("table1-mobilenetv2", tmp_path)
+@pytest.mark.parametrize("name", ["mobilenetv2", "resnet50", "resnext50"])
+def test_a_classifier(name: str, tmp_path: Path) -> None:
+    report = ran(f"table1-{name}", tmp_path)
     assert {"top1", "top5"} <= set(report["after"]["accuracy"])
     assert all(width["after"] % 8 == 0 for width in report["widths"] if "after" in width)
 
@@ -130,8 +133,11 @@ def test_a_segmenter(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "table3-sibling",
-        *(f"table4-{loss}" for loss in ("none", "kd", "cirkd", "dist", "skd", "ifvd", "mgd")),
+        *("table3-self", "table3-sibling"),
+        *(
+            f"table4-{loss}"
+            for loss in ("none", "kd", "cwd", "cirkd", "dist", "skd", "ifvd", "mgd")
+        ),
         "table4-af_dcd",
     ],
 )
@@ -140,5 +146,6 @@ def test_teachers_and_losses(name: str, tmp_path: Path) -> None:
     ran(name, tmp_path, size=size, onnx=False)
     steps = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     terms = {term for entry in steps for term in entry.get("terms", {})}
-    loss = {"table3-sibling": "cwd", "table4-none": "task"}.get(name, name.partition("-")[2])
+    named = {"table3-self": "cwd", "table3-sibling": "cwd", "table4-none": "task"}
+    loss = named.get(name, name.partition("-")[2])
     assert any(term.startswith(loss) for term in terms), terms
