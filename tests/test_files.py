@@ -15,11 +15,13 @@ import resource
 import shutil
 import signal
 import struct
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,10 @@ from torch import nn
 import cpd
 import house
 from cpd import errors
+from cpd.cli import main
+from cpd.cli.models import LIBRARIES, Source
+from cpd.cli.origins import restored
+from cpd.cli.trusted import network
 from cpd.compress import compress
 from cpd.distill import read, write
 from cpd.plan import Plan
@@ -176,8 +182,6 @@ def test_an_artefact_imports_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cpd.cli import main
-
     monkeypatch.chdir(tmp_path)
     for name in ("art", "art/net"):  # code that lies beside, as a copied folder may have it
         Path(name).mkdir()
@@ -196,9 +200,6 @@ def test_an_artefact_of_a_known_library_is_exported_as_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that came from a hub do not come from there again: the folder has its own."""
-    from cpd.cli import main
-    from cpd.cli.models import LIBRARIES, Source
-
     seen, made = [], Source("hf:vit", VIT)()
     pixels = {"pixel_values": torch.zeros(2, 3, 32, 32)}
     small, plan = cpd.prune(made, pixels, target="params=0.8")
@@ -214,7 +215,155 @@ def test_an_artefact_of_a_known_library_is_exported_as_it_says(
 
     monkeypatch.setitem(LIBRARIES, "timm", make)
     assert main(["export", str(tmp_path / "timm"), "--kind", "pt2"]) == 0
-    assert seen == [{"num_classes": 3}]
+    assert seen == [{"num_classes": 3}] * 2  # its shapes, then itself
+
+
+def named_artefact(folder: Path, model: str, **args: Any) -> Path:
+    """An artefact of a small vision transformer, whose manifest names a network."""
+    torch.manual_seed(0)
+    pixels = {"pixel_values": torch.zeros(2, 3, 32, 32)}
+    small, plan = cpd.prune(Source("hf:vit", VIT)(), pixels, target="params=0.8")
+    return cpd.save(small, plan, folder, extra={"model": model, "model_args": args})
+
+
+def exported(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code of an export, and what it says."""
+    code = main(["export", str(folder), "--kind", "pt2"])
+    return code, " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (MANIFEST, lambda text: text.replace('"format": 1', '"format": 9'), "format 9"),
+        (TENSORS, lambda text: b"", "has 0 bytes"),
+        (PLAN, lambda text: text.replace("{", "[", 1), "another sha256"),
+    ],
+)
+def test_no_network_is_made_for_a_folder_that_is_damaged(
+    name: str,
+    change: Callable[[Any], Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = named_artefact(tmp_path / "out", "hf:vit", **VIT)
+    monkeypatch.setitem(LIBRARIES, "hf", lambda *_: pytest.fail("a network was made"))
+    changed = change(b"" if name == TENSORS else (folder / name).read_text())
+    (folder / name).write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    code, text = exported(folder, capsys)
+    assert code == 6
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "said"),
+    [
+        ("hf:vit", {"num_attention_heads": 0}, "ZeroDivisionError"),
+        ("hf:vit", {"hidden_act": "nope"}, "KeyError"),
+        ("hf:vit", {"hidden_size": 1.5}, "--model_args"),
+        ("hf:vit", {"hidden_size": 32}, "made for a ViTForImageClassification"),
+        ("timm:resnet18", {"num_classes": -5}, "--model_args"),
+        ("timm:nothing", {}, "unknown network of timm"),
+        ("torchvision:resnet18", {"groups": 3}, "ValueError"),
+        ("cpd:segformer_b0", {"heads": [0]}, "--model_args"),
+    ],
+)
+def test_what_a_folder_names_and_no_library_makes_is_the_folders_fault(
+    model: str,
+    args: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = named_artefact(tmp_path / "out", model, **args)
+    code, text = exported(folder, capsys)
+    assert code == 6
+    assert text.startswith(f"ArtefactError: {folder} names {model} with")
+    assert said in text
+    assert "give --model and --model_args" in text
+
+
+class Wide(nn.Module):
+    """16 GB where it takes memory."""
+
+    def __init__(self, width: int = 1 << 16) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width))
+
+
+def test_a_folder_gets_no_more_memory_than_its_tensors_may_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither shapes of another plan nor those of a forged one are allocated."""
+    made: list[str] = []
+
+    def make(name: str, args: dict[str, Any]) -> nn.Module:
+        model = Wide()
+        made.append(model.weight.device.type)
+        return model
+
+    def forged(text: str) -> str:
+        nothing = {"kept": {}, "rescale": {}, "aliases": {}, "attributes": {}}
+        plan = json.loads(text) | nothing | {"model": "Wide"}
+        return json.dumps(plan | {"shapes": {"weight": [1 << 16, 1 << 16]}})
+
+    folder = named_artefact(tmp_path / "out", "timm:wide")
+    monkeypatch.setitem(LIBRARIES, "timm", make)
+    for change in (str, forged):
+        (folder / PLAN).write_text(change((folder / PLAN).read_text()))
+        signed(folder)
+        code, text = exported(folder, capsys)
+        assert code == 6
+        assert "names a network of 17,179,869,184 bytes" in text
+    monkeypatch.setattr(Wide.__init__, "__defaults__", (8,))
+    code, text = exported(folder, capsys)
+    assert code == 6
+    assert "weight is (8, 8) here and (65536, 65536) in the plan" in text
+    assert made == ["meta"] * 3
+
+
+def test_a_network_that_needs_values_while_it_is_made_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(name: str, args: dict[str, Any]) -> nn.Module:
+        assert torch.linspace(0, 1, 3).tolist() == [0, 0.5, 1]
+        return Source("hf:vit", VIT)()
+
+    folder = named_artefact(tmp_path / "out", "timm:any")
+    monkeypatch.setitem(LIBRARIES, "timm", make)
+    assert exported(folder, capsys) == (0, "")
+
+
+def test_the_layers_of_all_stages_are_limited_together(tmp_path: Path) -> None:
+    note = {"model": "timm:convnext_tiny", "model_args": {"depths": [3, 3, 500, 3]}}
+    assert network(tmp_path, note) == ("timm:convnext_tiny", note["model_args"])
+    note["model_args"] = {"depths": [512, 512, 512, 512]}
+    with pytest.raises(errors.InputError, match="depths"):
+        network(tmp_path, note)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, PLAN, TENSORS, "config.yaml", "report.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = named_artefact(tmp_path / "out", "hf:vit", **VIT)
+    if name in (TENSORS, PLAN):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"][name]["bytes"] = 0  # as a pipe has
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    if name == "config.yaml":
+        signed(folder, extra={})
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+
+    def read_it() -> None:
+        signal.alarm(30)
+        assert main(["report" if name == "report.json" else "export", str(folder)]) == 6
+        if name in (MANIFEST, PLAN, TENSORS):
+            with pytest.raises(errors.ArtefactError, match="it is no regular file"):
+                cpd.load(folder, Source("hf:vit", VIT)())
+
+    assert apart(read_it) == 0
 
 
 BOMB = "a: &a [1]\n" + "".join(
@@ -239,8 +388,6 @@ BOMB = "a: &a [1]\n" + "".join(
 def test_notes_of_a_folder_are_read_within_bounds(
     name: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cpd.cli import main
-
     (tmp_path / name).write_text(text)
     assert main(["export", str(tmp_path)]) == 6
     assert said in " ".join(capsys.readouterr().err.split())
@@ -312,6 +459,7 @@ JUNK: tuple[Any, ...] = (
     -1,
     0,
     2,
+    2**20,
     2**31,
     10**12,
     10**400,
@@ -401,9 +549,9 @@ def tensors_of(data: bytes, draw: random.Random) -> bytes:
     return struct.pack("<Q", size) + head + data[8 + length :]
 
 
-def signed(folder: Path) -> None:
+def signed(folder: Path, **changes: Any) -> None:
     """Make the manifest agree with the files again, as a forger would."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
     for name in (TENSORS, PLAN):
         data = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -435,19 +583,23 @@ class Targets:
         self.models[len(self.models)] = (whole, x)
         values = {"a": torch.arange(6.0), "b": [1, {"c": (2.5, None)}], "d": "text"}
         write(folder / "checkpoint", values)
+        named_artefact(folder / "named", "hf:vit", **VIT, num_labels=3, patch_size=8)
 
     def case(self, number: int) -> None:
         """Read one file changed at random; what comes must be an error of the tree, or a value."""
         draw = random.Random(number)
-        kind = number % 8
+        kind = number % 9
+        if kind == 8:
+            self._named(draw)
+            return
         if kind == 7:
             data = tensors_of((self.folder / "checkpoint").read_bytes(), draw)
             path = self.folder / "changed"
             path.write_bytes(data)
-            with contextlib.suppress(errors.CPDError):
+            with refused_or_read():
                 read(path)
             return
-        which = number // 8 % len(self.models)
+        which = number // 9 % len(self.models)
         name = TENSORS if kind in (4, 5) else MANIFEST if kind == 6 else PLAN
         folder = self.folder / str(which)
         before = {each: (folder / each).read_bytes() for each in (TENSORS, PLAN, MANIFEST)}
@@ -455,44 +607,89 @@ class Targets:
         (folder / name).write_bytes(change(before[name], draw))
         if name != MANIFEST:
             signed(folder)
-        try:
-            model, inputs = self.models[which]
+        model, inputs = self.models[which]
+        with refused_or_read():
             small = cpd.load(folder, model)
             with contextlib.suppress(Exception):  # it may not run, but it must not run code
                 small(*inputs) if isinstance(inputs, tuple) else small(inputs)
-        except errors.CPDError:
-            return
-        finally:
-            for each, data in before.items():
-                (folder / each).write_bytes(data)
+        for each, data in before.items():
+            (folder / each).write_bytes(data)
+
+    def _named(self, draw: random.Random) -> None:
+        """What the manifest says of the network is changed, and the command line makes it."""
+        path = self.folder / "named" / MANIFEST
+        before = path.read_bytes()
+        extra = mutated(json.loads(before)["extra"], draw)
+        path.write_text(json.dumps(json.loads(before) | {"extra": extra}))
+        with refused_or_read():
+            restored(path.parent, None, None)
+        path.write_bytes(before)
 
 
-def limited(folder: Path, numbers: range) -> int:
-    """Cases in a process that may take 1 GB and 30 s for each; 0 where all went well."""
+@contextlib.contextmanager
+def refused_or_read() -> Iterator[None]:
+    """An error of the tree is as good as none, but for one that came of too little memory."""
+    try:
+        yield
+    except errors.CPDError as error:
+        if starved(error):
+            raise AssertionError("memory ran out") from error
 
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError("30 s")
 
+def starved(error: BaseException | None) -> bool:
+    """Whether memory ran out, in an error or in what it came of."""
+    if error is None or isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return error is not None
+    return starved(error.__cause__) or starved(error.__context__)
+
+
+def apart(work: Callable[[], None]) -> int:
+    """Work in a process of its own; 0 where it went well."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code, number = 1, -1
+    code = 1
     try:
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 - of the child, told to the parent
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def at_most_a_gigabyte() -> None:
+    """More than this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def limited(folder: Path, numbers: range, seconds: int = 30) -> int:
+    """Cases in a process that may take 1 GB, and 30 s for each; 0 where all went well."""
+    number = -1
+
+    def late(signum: int, frame: Any) -> None:  # no error: a reader could make another of it
+        stack = "".join(traceback.format_stack(frame))
+        os.write(2, f"case {number}: more than {seconds} s\n{stack}".encode())
+        os._exit(9)
+
+    def work() -> None:
+        nonlocal number
         os.chdir(folder)
         targets = Targets(folder)
         signal.signal(signal.SIGALRM, late)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + (1 << 30)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        at_most_a_gigabyte()
         for number in numbers:
-            signal.alarm(30)
-            targets.case(number)
+            signal.alarm(seconds)
+            try:
+                targets.case(number)
+            except BaseException as error:
+                error.add_note(f"case {number}")
+                raise
             signal.alarm(0)
-        code = 0
-    except BaseException:  # noqa: BLE001 - of the child, told to the parent
-        os.write(2, f"case {number}: {traceback.format_exc()}\n".encode())
-    finally:
-        os._exit(code)
+
+    return apart(work)
 
 
 def fuzzed(folder: Path, numbers: range) -> None:
@@ -503,7 +700,43 @@ def fuzzed(folder: Path, numbers: range) -> None:
     assert [path.name for path in folder.iterdir()] == ["inside"]
     assert [path.name for path in (folder / "inside").iterdir()] == ["data"]
     names = {path.name for path in data.iterdir()}
-    assert names <= {"0", "1", "2", "3", "4", "checkpoint", "changed"}
+    assert names <= {"0", "1", "2", "3", "4", "checkpoint", "changed", "named"}
+
+
+def hangs(*args: Any, **options: Any) -> None:
+    time.sleep(60)
+
+
+def starves(*args: Any, **options: Any) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+def starves_plainly(*args: Any, **options: Any) -> None:
+    np.empty(1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "code", "said"),
+    [
+        ("_tensors.safe_open", hangs, 9, "case 13: more than 2 s"),
+        ("artefact.Plan.from_json", hangs, 9, "case 13: more than 2 s"),
+        ("_tensors.safe_open", starves, 1, "memory ran out\ncase 13"),
+        ("artefact.cut", starves, 1, "memory ran out\ncase 13"),
+        ("artefact.Plan.from_json", starves_plainly, 1, "memory ran out\ncase 13"),
+    ],
+)
+def test_the_fuzz_sees_what_readers_turn_into_refusals(
+    place: str,
+    fault: Any,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(f"cpd.exporters.{place}", fault)
+    assert limited(tmp_path, range(13, 14), seconds=2) == code
+    assert said in capfd.readouterr().err
 
 
 def test_changed_files_are_refused_or_harmless(tmp_path: Path) -> None:
@@ -526,21 +759,13 @@ def test_five_thousand_changed_files(part: int, tmp_path: Path) -> None:
     ],
 )
 def test_the_largest_plans_take_no_more_than_a_gigabyte(text: str, said: str) -> None:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            most = pages * resource.getpagesize() + (1 << 30)
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            with pytest.raises(errors.ArtefactError, match=said) as found:
-                Plan.from_json(text)
-            code = 3 if isinstance(found.value.__cause__, MemoryError) else 0
-        except BaseException:  # noqa: BLE001 - of the child, told to the parent
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    def work() -> None:
+        at_most_a_gigabyte()
+        with pytest.raises(errors.ArtefactError, match=said) as found:
+            Plan.from_json(text)
+        assert not starved(found.value)
+
+    assert apart(work) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_what_the_hub_refuses_and_a_missing_package(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(errors.ExportError, match="needs the package huggingface_hub"):
         hub.pull("someone/small")
+
+
+def test_without_a_network_the_error_says_what_to_look_at(
+    artefact: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the library below raises, for which huggingface_hub has no class of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
+    with pytest.raises(errors.OutputError, match=r"cannot be written to: .*Check the network"):
+        hub.push(artefact[1], "someone/small", token="hf_x")
+    with pytest.raises(errors.ArtefactError, match=r"cannot be read: .*Check the network"):
+        hub.pull("someone/small", cache_dir=tmp_path / "cache")
 
 
 def test_options_are_those_of_the_library() -> None:

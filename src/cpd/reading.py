@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import ArtefactError
 
-__all__ = ["LONGEST", "bounded", "read_text"]
+__all__ = ["LONGEST", "bounded", "opened", "read_text"]
 
 LONGEST = 1 << 25  # bytes of a file; a large plan (of 200 layers, 20 M weights) has a million
 NESTED = 1 << 19  # lists and mappings in it: each takes many times its letters
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file to read bytes of; OSError also where it is a pipe or a device, which may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.open("rb")
+
+
 def read_text(path: Path, hint: str) -> str:
     """The text of a file. Raises `ArtefactError`, ending in `hint`: missing, no text, too large."""
     try:
-        with path.open("rb") as stream:
+        with opened(path) as stream:
             data = stream.read(LONGEST + 1)
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror}. {hint}") from error

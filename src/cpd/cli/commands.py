@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from cpd.cli.models import Source, named
-from cpd.cli.origins import made, noted, settled
+from cpd.cli.origins import made, restored, settled
 from cpd.cli.show import Bars, coverage, group_table, kept_table
 from cpd.errors import InputError
 
@@ -110,11 +110,9 @@ class Shell:
             batch_size: for int8, samples of each.
         """
         from cpd.cli.formats import FORMATS, calibration, written
-        from cpd.exporters.artefact import opened
         from cpd.verify import inputs_like
 
-        source = noted(Path(folder), model, model_args)
-        network, plan = opened(folder, made(source))
+        network, plan = restored(Path(folder), model, model_args)
         path = Path(to) if to is not None else Path(folder) / FORMATS.get(kind, "model")
         args, kwargs = inputs_like(plan)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cpd.cli.models import LIBRARIES
 from cpd.errors import ArtefactError, InputError
+from cpd.reading import opened
 
 __all__ = ["network", "notes"]
 
@@ -83,7 +84,7 @@ def notes(path: Path) -> Any:
     """
     limit = LIMITS[path.name]
     try:
-        with path.open("rb") as stream:
+        with opened(path) as stream:
             data = stream.read(limit + 1)
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
@@ -157,10 +158,12 @@ def _harmless(library: str, key: object, value: object) -> bool:
     """Whether a key takes numbers and has them, or takes the name of a layer and has one."""
     if key in WORDS.get(library, ()) and isinstance(value, str):
         return WORD.fullmatch(value) is not None
-    entries = value if isinstance(value, list) else [value]
+    entries: list[Any] = value if isinstance(value, list) else [value]
     most = MOST_LAYERS if key in OF_LAYERS else LARGEST
-    small = all(_within(entry, most) for entry in entries)
-    return key in NUMBERS[library] and len(entries) <= MOST_ENTRIES and small
+    small = len(entries) <= MOST_ENTRIES and all(_within(entry, most) for entry in entries)
+    if small and key in OF_LAYERS:  # one number for each stage: it has their sum
+        small = sum(abs(entry or 0) for entry in entries) <= most
+    return key in NUMBERS[library] and small
 
 
 def _within(value: object, most: int) -> bool:

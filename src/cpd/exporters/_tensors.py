@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ArtefactError, ExportError
 from cpd.files import save_file
+from cpd.reading import opened
 
 __all__ = ["MANIFEST", "PLAN", "TENSORS", "Stored", "assign", "collect", "read", "write"]
 
@@ -97,7 +98,7 @@ def read(path: Path, small: nn.Module) -> Stored:
         ArtefactError: the file is damaged, foreign, or holds tensors of another network.
     """
     try:
-        with path.open("rb") as stream:
+        with opened(path) as stream:
             header = int.from_bytes(stream.read(8), "little")
         if header > min(_HEADER_LIMIT, path.stat().st_size):
             raise ArtefactError(

@@ -25,9 +25,9 @@ from cpd.errors import ArtefactError, CPDError, ExportError, InputError, OutputE
 from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS, Stored, assign, collect, read, write
 from cpd.files import publish, refusal, staging
 from cpd.plan import Plan
-from cpd.reading import LONGEST, bounded
+from cpd.reading import LONGEST, bounded, opened
 
-__all__ = ["load", "opened", "save"]
+__all__ = ["load", "plan_of", "rebuilt", "save"]
 
 FORMAT = 1
 _LIMITS = {MANIFEST: 1 << 20, PLAN: LONGEST}  # bytes
@@ -84,16 +84,25 @@ def save(
     return folder
 
 
-def opened(folder: str | os.PathLike[str], model: nn.Module) -> tuple[nn.Module, Plan]:
-    """What :func:`load` gives, and the plan beside it."""
+def plan_of(folder: str | os.PathLike[str]) -> Plan:
+    """The plan in ``folder``, once manifest, sizes and hashes are checked; needs no network.
+
+    Raises:
+        ArtefactError: as :func:`load` does.
+    """
     folder = Path(folder)
     _check_files(folder, _read_manifest(folder))
-    plan = _read_plan(folder)
+    return _read_plan(folder)
+
+
+def rebuilt(folder: str | os.PathLike[str], plan: Plan, model: nn.Module) -> nn.Module:
+    """What :func:`load` gives, by the plan that :func:`plan_of` read."""
+    folder = Path(folder)
     plan.check(model)
     _check_attributes(folder / PLAN, plan, model)
     small = _cut(folder / PLAN, plan, model)
     assign(small, read(folder / TENSORS, small))
-    return small, plan
+    return small
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -112,7 +121,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             do not fit. Nothing is loaded then.
         PlanMismatch: the plan was made for another model than ``model``.
     """
-    return opened(folder, model)[0]
+    return rebuilt(folder, plan_of(folder), model)
 
 
 # Writing
@@ -174,7 +183,7 @@ def _manifest(draft: Path, extra: Mapping[str, Any] | None) -> str:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
@@ -186,7 +195,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _bytes(path: Path) -> bytes:
     """What is in ``path``; refuses what is missing or too large."""
     try:
-        with path.open("rb") as stream:
+        with opened(path) as stream:
             data = stream.read(_LIMITS[path.name] + 1)
     except OSError as error:
         raise ArtefactError(

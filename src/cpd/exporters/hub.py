@@ -13,6 +13,7 @@ from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS
 __all__ = ["pull", "push"]
 
 FILES = (TENSORS, PLAN, MANIFEST)
+AGAIN = "Check the network, the name OWNER/NAME and your login (hf auth login); then try again."
 
 
 def push(folder: str | os.PathLike[str], repository: str, **options: Any) -> str:
@@ -41,8 +42,8 @@ def push(folder: str | os.PathLike[str], repository: str, **options: Any) -> str
         done = api.upload_folder(
             repo_id=repository, folder_path=str(folder), allow_patterns=list(FILES), **options
         )
-    except (OSError, ValueError) as error:  # its errors of the network derive from OSError
-        raise OutputError(f"{repository} cannot be written to: {brief(error)}") from error
+    except Exception as error:  # its errors, and those of the network below, change with versions
+        raise OutputError(f"{repository} cannot be written to: {brief(error)} {AGAIN}") from error
     return str(getattr(done, "commit_url", done))
 
 
@@ -60,12 +61,13 @@ def pull(repository: str, *, revision: str | None = None, **options: Any) -> Pat
     Raises:
         ArtefactError: it cannot be reached. ExportError: huggingface_hub is missing.
     """
+    library = _library()
     try:
-        found = _library().snapshot_download(
+        found = library.snapshot_download(
             repository, revision=revision, allow_patterns=list(FILES), **options
         )
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{repository} cannot be read: {brief(error)}") from error
+    except Exception as error:  # as above
+        raise ArtefactError(f"{repository} cannot be read: {brief(error)} {AGAIN}") from error
     return Path(found)
 
 
