@@ -670,6 +670,19 @@ def test_checkpoints_refuse_what_they_cannot_hold(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_checkpoints_keep_apart_keys_that_would_have_one_name(tmp_path):
+    keys = {"a/b": 0, "a": {"b": 1, "c'": 2}, "a/c": 3, "a/c'": 4, "1": 5, 1: 6, "": {"a": 7}}
+    value = {**keys, "/a": 8, "list": [9], "list/0": 10}
+
+    def tensors(part):
+        if isinstance(part, dict):
+            return {key: tensors(inner) for key, inner in part.items()}
+        return list(map(tensors, part)) if isinstance(part, list) else torch.tensor(part)
+
+    write(tmp_path / "file", tensors(value))
+    assert read(tmp_path / "file") == tensors(value)
+
+
 def test_damaged_and_foreign_checkpoints(tmp_path):
     path = tmp_path / "file"
     write(path, {"a": torch.arange(100)})

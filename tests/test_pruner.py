@@ -486,6 +486,26 @@ def test_resume_is_exact(every, at, tmp_path):
     assert same(pruner.finish(), wanted)
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"importance": "taylor"}, "importance was 'hessian', is 'taylor'"),
+        ({"interval": 5}, "interval was 2, is 5"),
+        ({"events": 3}, "events was 4, is 3"),
+        ({"target": "macs=0.9"}, r"target was \{'macs': 0.4\}, is \{'macs': 0.9\}"),
+    ],
+)
+def test_a_state_of_another_pruner_is_refused(changes, text):
+    given = {"target": "macs=0.4", "importance": "hessian", **TIMES}
+    state = cpd.Pruner(network(), X, **given).state_dict()
+    with pytest.raises(errors.InputError, match=f"of another Pruner: {text}.*without the state"):
+        cpd.Pruner(network(), X, **{**given, **changes}).load_state_dict(state)
+    alike = {"target": {"macs": 0.4}, "importance": {"hessian": {}}, "interval": TIMES["interval"]}
+    cpd.Pruner(network(), X, **alike, events=TIMES["events"]).load_state_dict(state)
+    del state["run"]  # as older ones are
+    cpd.Pruner(network(), X, **{**given, **changes}).load_state_dict(state)
+
+
 def test_states_that_do_not_fit():
     _, pruner, *_ = pruned(cut_every=1)
     state = pruner.state_dict()

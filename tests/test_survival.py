@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 import cpd
 from cpd import errors
 from cpd.compress import compress
-from cpd.distill import distill, exists, newest, read, write
+from cpd.distill import checkpoint, distill, exists, newest, read, write
 from cpd.distill.checkpoint import previous
+from cpd.files import staging
 from test_compress import SGD, Data, keywords, normed, same, tensors
 
 BASE = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
@@ -102,8 +103,6 @@ def killed_at(place, count, folder):
     """Kill a run at the count-th of the calls that write; return its process."""
 
     def work():
-        from cpd.distill import checkpoint
-
         if place == "half a file":
             checkpoint.save_file = torn(checkpoint.save_file, count)
         elif place == "flush":
@@ -229,6 +228,165 @@ def test_checkpoints_without_a_checksum_are_still_read(tmp_path):
     assert torch.equal(read(tmp_path / "old")["a"], torch.arange(3))
 
 
+def flipped(path):
+    """One bit of one weight is another."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one(told, tmp_path, monkeypatch):
+    path = tmp_path / "file.safetensors"
+    for number in (1, 2):
+        write(path, {"number": number, "tensor": torch.arange(3.0)}, generations=True)
+    path.with_name("aside").write_bytes(path.read_bytes())
+    path.unlink()
+    path.with_name("aside").rename(path)  # another file: nothing is known of it
+    flipped(path)
+    if told:
+        with pytest.warns(UserWarning, match="its checksum"):
+            assert newest(path)["number"] == 1
+
+    def broken(draft, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish", broken)
+        with pytest.raises(KeyboardInterrupt):
+            write(path, {"number": 3}, generations=True)
+    with pytest.warns(UserWarning, match="its checksum"):
+        assert newest(path)["number"] == 1
+    write(path, {"number": 4}, generations=True)
+    assert [newest(path)["number"], read(previous(path))["number"]] == [4, 1]
+    write(path, {"number": 5}, generations=True)
+    assert [newest(path)["number"], read(previous(path))["number"]] == [5, 4]
+
+
+def test_what_a_process_wrote_itself_is_not_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write(path, {"number": 1}, generations=True)
+    monkeypatch.setattr(checkpoint, "read", lambda path: pytest.fail("read again"))
+    write(path, {"number": 2}, generations=True)
+    monkeypatch.undo()
+    assert [read(path)["number"], read(previous(path))["number"]] == [2, 1]
+
+
+# --- weights that are not finite
+
+
+def blown(student, teacher):
+    """A finite loss; from its sixth call on the gradient is NaN."""
+    blown.calls += 1
+    zero = (student - student.detach()).abs().sum()
+    return zero.sqrt() if blown.calls >= blown.at else (student - teacher).square().mean()
+
+
+@pytest.mark.parametrize("at", [12, 6])
+def test_weights_that_are_not_finite_are_never_saved_by_distill(at, tmp_path):
+    path = tmp_path / "checkpoint"
+    blown.calls, blown.at = 0, at
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 2}
+    plain = {"data": Data(), "teacher": normed(), "losses": blown, "options": options}
+    text = rf"stem\.0\.weight is not finite after step {at} of stage 'distill'; the last checkpoint"
+    with pytest.raises(errors.NonFiniteLoss, match=text):
+        distill(normed(), **plain, checkpoint=path)
+    assert exists(path) == (at == 12)
+    assert not previous(path).exists()
+    if at == 12:
+        saved = read(path)
+        assert saved["at"]["step"] == 6
+        assert all(bool(tensor.isfinite().all()) for tensor in saved["student"].values())
+        blown.at = 99
+        assert distill(normed(), **plain, checkpoint=path, resume=True).history[-1]["step"] == 12
+
+
+def test_weights_that_are_not_finite_are_never_saved_by_compress(tmp_path):
+    blown.calls, blown.at = 0, 15  # nine steps of prune, and an epoch of recover
+    with pytest.raises(errors.NonFiniteLoss, match="not finite after step 6 of stage 'recover'"):
+        compress(normed(), **{**given(tmp_path / "out"), "losses": blown})
+    assert read(tmp_path / "out" / "checkpoints" / "last.safetensors")["stage"] == "prune"
+
+
+def test_what_is_infinite_from_the_start_may_stay_so(tmp_path):
+    model = normed()
+    model.register_buffer("masked", torch.tensor([0.0, float("-inf"), float("nan")]))
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
+    distill(model, data=Data(), options=options, checkpoint=tmp_path / "file")
+    assert read(tmp_path / "file")["student"]["masked"][1] == float("-inf")
+
+
+# --- whose checkpoint it is
+
+
+RUN = {"batch_size": 16, "optimizer": SGD, "epochs": 1, "workers": 0}
+
+
+def begun(path, model=None, *, resume=True, options=(), **changes):
+    given = {"data": Data(), "teacher": normed(), "seed": 1, "losses": {"kd": {"temperature": 2}}}
+    options = {**RUN, **dict(options)}
+    model = normed() if model is None else model
+    return distill(model, **{**given, **changes}, options=options, checkpoint=path, resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"seed": 2}, "seed was 1, is 2"),
+        ({"options": {"epochs": 2}}, "epochs was 1, is 2"),
+        ({"options": {"optimizer": "Adam"}}, r"optimizer was \{'name': 'SGD'.*, is 'Adam'"),
+        ({"losses": "dist"}, r"losses was \{'kd': \{'temperature': 2\}\}, is 'dist'"),
+        ({"task": {"classification": {"label_smoothing": 0.1}}}, "task was 'classification', is"),
+        ({"teacher": None}, "teacher was .*Net', is None"),
+        ({"seed": 2, "options": {"clip": 1.0}}, "clip was None, is 1.0; seed was 1, is 2"),
+    ],
+)
+def test_distill_refuses_the_checkpoint_of_another_run(changes, text, tmp_path):
+    path = tmp_path / "last.safetensors"
+    begun(path)
+    whole = path.read_bytes()
+    with pytest.raises(errors.InputError, match=f"of another run: {text}.*delete it") as found:
+        begun(path, **changes)
+    assert "last.previous.safetensors" in str(found.value)
+    assert path.read_bytes() == whole
+    begun(path, options={"workers": 1, "accumulate": 2, "teacher_cache": str(tmp_path / "cache")})
+    begun(path, **changes, resume=False)
+
+
+def test_distill_refuses_the_checkpoint_of_another_network_or_kind(tmp_path):
+    path = tmp_path / "file"
+    begun(path)
+    small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    text = r"another network: stem\.0\.weight was \(12, 3, 3, 3\), is missing.* and 15 more"
+    with pytest.raises(errors.InputError, match=text):
+        begun(path, small)
+    wide = normed()
+    wide.head = torch.nn.Linear(12, 5)
+    with pytest.raises(errors.InputError, match=r"head\.weight was \(4, 12\), is \(5, 12\)"):
+        begun(path, wide)
+    compress(normed(), **given(tmp_path / "out"))
+    with pytest.raises(errors.ArtefactError, match=r"not a checkpoint of cpd\.distill.*delete it"):
+        begun(tmp_path / "out" / "checkpoints" / "last.safetensors")
+    taken = tmp_path / "taken" / "checkpoints" / "last.safetensors"
+    begun(taken)
+    (tmp_path / "taken" / "config.yaml").touch()
+    with pytest.raises(errors.ArtefactError, match=r"not a checkpoint of cpd\.compress"):
+        compress(normed(), **given(tmp_path / "taken"))
+
+
+def test_older_checkpoints_of_distill_still_resume(tmp_path):
+    path = tmp_path / "file"
+    begun(path)
+    saved = read(path)
+    del saved["run"]
+    write(path, saved)
+    assert begun(path, seed=2).history == saved["history"]
+    saved["optimizer"]["param_groups"] *= 2
+    write(path, saved)
+    with pytest.raises(errors.InputError, match=r"does not fit this run: .*parameter groups"):
+        begun(path)
+
+
 # --- signals
 
 
@@ -305,6 +463,20 @@ def test_distill_stops_and_goes_on(tmp_path):
     found = distill(normed(), **plain, checkpoint=path, resume=True)
     assert same(found.model, wanted.model)
     assert found.history == wanted.history
+
+
+def test_what_a_killed_distill_left_is_swept_away_but_not_what_others_write(tmp_path):
+    path = tmp_path / "checkpoint"
+
+    def work():
+        checkpoint.save_file = torn(checkpoint.save_file, 1)
+        begun(path)
+
+    assert waited(forked(work)) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".cpd-*"))) == 1
+    with staging(tmp_path) as others:
+        begun(path)
+        assert list(tmp_path.glob(".cpd-*")) == [others]
 
 
 # --- what a machine runs out of

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,8 @@ from cpd import errors, tasks
 from cpd.compress import compress
 from cpd.data import digits
 from cpd.distill import distill, read, write
-from cpd.distill.teacher import Teacher
+from cpd.distill.teacher import Sample, Teacher
+from cpd.files import staging
 from test_compress import SGD, Data, keywords, normed, same
 
 OPTIONS = {"batch_size": 16, "optimizer": SGD, "epochs": 3}
@@ -72,6 +76,63 @@ def test_stages_of_compress_share_a_cache_and_resume(tmp_path):
     assert same(found.model, plain.model)
     assert found.plan.to_json() == plain.plan.to_json()
     assert len(list((tmp_path / "cache").iterdir())) == 1  # the same teacher in both stages
+
+
+class Deep(nn.Module):
+    """A row of what it says depends on which rows are beside it, if only in the last bits."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.body = nn.Sequential(
+                nn.Flatten(), nn.Linear(192, 300), nn.ReLU(), nn.Linear(300, 4)
+            )
+
+    def forward(self, x):
+        return self.body(x) + 1e-3 * len(x)
+
+
+@pytest.mark.parametrize("step", [2, 30])
+def test_a_cache_and_a_stop_within_an_epoch_end_the_same(step, tmp_path):
+    def run(name, **more):
+        cache = {"teacher_cache": str(tmp_path / name)}
+        options = {**OPTIONS, "batch_size": 5, "accumulate": 4, **cache}
+        return distill(normed(), data=Data(), teacher=Deep(), options=options, seed=1, **more)
+
+    class Stop:
+        def after_backward(self, state):
+            if state.step == step - 1 and state.synced:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = run("whole")
+    with pytest.raises(errors.Interrupted, match=f"after step {step} of 57"):
+        run("broken", checkpoint=tmp_path / "file", callbacks=(Stop(),))
+    found = run("broken", checkpoint=tmp_path / "file", resume=True)
+    assert same(found.model, whole.model)
+    assert found.history == whole.history
+
+
+def test_files_of_a_cache_take_no_other_s_place(tmp_path):
+    task, x = tasks.resolve("classification"), torch.zeros(1, 3, 8, 8)
+    teacher = Teacher(normed(), task, device=torch.device("cpu"), cache=tmp_path)
+    for number in range(3):
+        teacher.logits((x,), {}, [Sample(number, bytes(16))])
+        teacher.save()
+    (teacher.folder / "0-0.safetensors").unlink()
+    teacher.logits((x,), {}, [Sample(3, bytes(16))])
+    teacher.save()
+    found = [read(path)["number"].item() for path in sorted(teacher.folder.iterdir())]
+    assert found == [3, 1, 2]
+
+
+def test_what_was_left_half_written_in_a_cache_is_swept_away(tmp_path):
+    trained(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    with staging(folder) as old:
+        os.utime(old, (0, 0))
+        trained(tmp_path)
+        assert not old.exists()
 
 
 def test_another_teacher_or_precision_is_another_cache(tmp_path):

@@ -7,10 +7,13 @@ its target, which the operating system does in one step.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +36,9 @@ __all__ = [
 ]
 
 TEMPORARY = ".cpd-"
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_NAMED = re.compile(rf"{re.escape(TEMPORARY)}([0-9a-f]{{8}})-(\d{{1,9}})-\w+")
+_DAY = 24 * 60 * 60  # seconds
 _PROBE = 1 << 16  # bytes
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES}
 
@@ -97,7 +103,8 @@ def staging(parent: Path) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        prefix = f"{TEMPORARY}{_HOST}-{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     except OSError as error:
         raise refusal(parent, error) from error
     try:
@@ -145,10 +152,30 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def swept(folder: Path) -> None:
-    """Take away what a run that was killed left in the middle of writing."""
+def swept(folder: Path, *, shared: bool = False) -> None:
+    """Take away what a run that was killed left in the middle of writing.
+
+    ``shared``: others may write into the folder too. What a process that lives is at stays, and so
+    does what was made by another machine within a day.
+    """
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if not shared or _left(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _left(temporary: Path) -> bool:
+    """Whether nobody will finish a temporary folder: its process is gone, or it is a day old."""
+    named = _NAMED.fullmatch(temporary.name)
+    if named is None:
+        return False
+    try:
+        if time.time() - temporary.stat().st_mtime > _DAY:
+            return True
+        if named[1] == _HOST and os.name == "posix":  # elsewhere the signal 0 is none
+            os.kill(int(named[2]), 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

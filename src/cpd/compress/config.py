@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cpd.distill import LoopOptions, TrainOptions, coerce
+from cpd.distill import plain as plain_value
 from cpd.errors import InputError, UnknownName
 from cpd.pruner import Schedule
 
@@ -206,15 +207,6 @@ def _bench(values: Mapping[str, Any]) -> BenchOptions:
 
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: options as mappings, objects by what they came from or are."""
-    if isinstance(value, str | int | float | bool | type(None)):
-        return value
-    if isinstance(value, LoopOptions | BenchOptions):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(getattr(value, "spec", None), str):
-        return value.spec
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}:{named.__qualname__}"
+    if isinstance(value, BenchOptions):
+        return {item.name: getattr(value, item.name) for item in fields(value)}
+    return plain_value(value)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpd.compress.config import CompressConfig
 from cpd.distill import Loop, exists, newest, write
-from cpd.errors import ArtefactError, InputError, NonFiniteLoss, OutputError
+from cpd.errors import ArtefactError, InputError, OutputError
 from cpd.files import TEMPORARY, publish, refusal, save_file, staging, swept, write_text
 
 __all__ = ["Journal", "load_weights"]
@@ -135,12 +135,6 @@ class Journal:
             NonFiniteLoss: the weights are not finite; the checkpoint before stays.
         """
         state = loop.state_dict()
-        for name, tensor in state["student"].items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise NonFiniteLoss(
-                    f"{name} is not finite after step {loop.state.step} of stage {stage!r}; the "
-                    "last checkpoint is intact. Try a lower rate, a warm-up, or clip=1."
-                )
         if self.folder is None or not self.main:
             return
         saved = {"identity": self.identity, "stage": stage, "history": self.history, "loop": state}

@@ -21,10 +21,12 @@ from cpd.distill.checkpoint import exists, newest, read, write
 from cpd.distill.evaluate import evaluate
 from cpd.distill.interrupt import Stopper, Stops
 from cpd.distill.loop import Loop, Pieces
-from cpd.distill.options import LoopOptions, TrainOptions, coerce
+from cpd.distill.options import LoopOptions, TrainOptions, coerce, plain
+from cpd.distill.resume import go_on, identity
 from cpd.distill.seeds import derive, isolated
 from cpd.distill.spread import snapshot
 from cpd.errors import CPDError, InputError
+from cpd.files import swept
 from cpd.plan import Plan
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "isolated",
     "keep_batch",
     "newest",
+    "plain",
     "read",
     "snapshot",
     "write",
@@ -80,10 +83,18 @@ class Distilled:
 class Saver(Callback):
     """Writes a checkpoint after every evaluation, two generations of it."""
 
-    def __init__(self, path: Path) -> None:
-        """``path``: the file."""
-        self.path = path
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        """``path``: the file. ``run``: what tells the run from others."""
+        self.path, self.run = path, run
         self.loop: Loop | None = None
+
+    def begin(self, loop: Loop, *, resume: bool) -> None:
+        """Save the state of ``loop`` from now on; with ``resume``, go on from what is saved."""
+        self.loop = loop
+        if loop.state.main:
+            swept(self.path.parent, shared=True)
+        if resume and exists(self.path):
+            go_on(loop, self.path, self.run)
 
     def after_evaluate(self, state: State, metrics: dict[str, float]) -> None:  # noqa: ARG002
         """Write the loop's state from the main process."""
@@ -95,7 +106,7 @@ class Saver(Callback):
             return
         value = self.loop.state_dict()
         if self.loop.state.main:
-            write(self.path, value, generations=True)
+            write(self.path, {**value, "run": self.run}, generations=True)
 
     def on_bad_batch(self, state: State, details: dict[str, Any]) -> None:  # noqa: ARG002
         """Keep the batch beside the checkpoint."""
@@ -136,10 +147,13 @@ def distill(
         callbacks: objects with any methods of ``Callback``.
         checkpoint: a file, written after every evaluation. With ``resume`` the run goes on from it.
         resume: go on from ``checkpoint`` where it exists; the end is the same as without the break.
+            All must be given as it was, but for ``workers``, ``accumulate``, ``teacher_cache``.
 
     Raises:
         UnknownName: no loss, task, data, optimizer or schedule of that name.
-        NonFiniteLoss: the loss became NaN or infinite; its batch lies beside the checkpoint.
+        NonFiniteLoss: the loss became NaN or infinite; its batch lies beside the checkpoint. Or
+            weights did, where a checkpoint was to be written; the one before stays.
+        InputError: the checkpoint to go on from is of another run or network.
         OutOfMemory, DataError: no memory is left; a process that loads data died.
         KeyboardInterrupt, Interrupted: Ctrl-C or SIGTERM, after the step; a checkpoint is written.
         OutputError: the checkpoint cannot be written. ArtefactError: it cannot be read.
@@ -157,15 +171,14 @@ def distill(
         getattr(samples, "val", None),
         _kept(plan, loss_shelf.resolve(losses)),
     )
-    saver = Saver(Path(checkpoint)) if checkpoint is not None else None
+    run = identity(options, seed=seed, task=task, losses=losses, teacher=teacher)
+    saver = Saver(Path(checkpoint), run) if checkpoint is not None else None
     stops = Stops(active=saver is not None)
     watching = callbacks if saver is None else (*callbacks, saver, Stopper(stops, saver.save))
     with isolated(seed), stops:
         loop = Loop(pieces, options, stage="distill", seed=seed, callbacks=watching)
         if saver is not None:
-            saver.loop = loop
-            if resume and exists(saver.path):
-                loop.load_state_dict(newest(saver.path))
+            saver.begin(loop, resume=resume)
         model = loop.run()
     for copied, original in zip(model.modules(), student.modules(), strict=True):
         copied.training = original.training

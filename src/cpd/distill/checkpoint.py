@@ -25,6 +25,8 @@ __all__ = ["exists", "newest", "pack", "previous", "read", "unpack", "write"]
 FORMAT = "cpd.checkpoint.2"
 OLDER = "cpd.checkpoint.1"  # without a checksum
 PLAIN = (str, int, float, bool, type(None))
+_SOUND: dict[Path, tuple[int, ...]] = {}
+"""Files that this process has written or found to be whole, each with what `_stamp` says."""
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
@@ -35,6 +37,8 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
     """
     if isinstance(value, torch.Tensor):
         name = path or "value"
+        while name in tensors:  # keys may hold a "/", and 1 and "1" are two
+            name += "'"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, PLAIN):
@@ -71,7 +75,8 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 def write(path: str | os.PathLike[str], value: Any, *, generations: bool = False) -> None:
     """Write a nest of mappings, sequences, tensors and plain values, atomically.
 
-    ``generations``: the file that was there stays, as ``previous(path)``.
+    ``generations``: the file that was there stays, as ``previous(path)``. A damaged one does not
+    take the place of the one before it.
 
     Raises:
         OutputError: the file cannot be written. InputError: a value that a checkpoint cannot hold.
@@ -89,9 +94,28 @@ def write(path: str | os.PathLike[str], value: Any, *, generations: bool = False
                 f"cannot write the checkpoint {path}: {error}. The one before is intact; make "
                 "room, or choose another folder"
             ) from error
-        if generations and path.exists():
+        if generations and path.exists() and (_sound(path) or not previous(path).exists()):
             path.replace(previous(path))
         publish(draft, path)
+        if generations:
+            _SOUND[path.absolute()] = _stamp(path)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes where a file is written anew."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _sound(path: Path) -> bool:
+    """Whether a file can be read; one that is known to be whole is not read again."""
+    if _SOUND.get(path.absolute()) == _stamp(path):
+        return True
+    try:
+        read(path)
+    except ArtefactError:
+        return False
+    return True
 
 
 def previous(path: Path) -> Path:
@@ -111,14 +135,16 @@ def newest(path: Path) -> Any:
         ArtefactError: neither can be read.
     """
     try:
-        return read(path)
+        found = read(path)
+        _SOUND[path.absolute()] = _stamp(path)
     except ArtefactError as error:
+        _SOUND.pop(path.absolute(), None)
         if not previous(path).exists():
             raise
         found = read(previous(path))
         if path.exists():  # else the run ended between two renames, and nothing is damaged
             warnings.warn(f"{error}. Going on from {previous(path)}, the one before", stacklevel=2)
-        return found
+    return found
 
 
 def read(path: str | os.PathLike[str]) -> Any:

@@ -19,7 +19,7 @@ from cpd.distill.failures import explaining
 from cpd.distill.optim import Schedule, build_optimizer
 from cpd.distill.options import LoopOptions, TrainOptions
 from cpd.distill.seeds import derive, seed_all
-from cpd.distill.spread import Sharded, snapshot, spread
+from cpd.distill.spread import Sharded, not_finite, snapshot, spread
 from cpd.distill.teacher import Sample, Teacher, samples
 from cpd.errors import InputError, NonFiniteLoss
 
@@ -79,6 +79,7 @@ class Loop:
         self.train = self._batches(pieces.train, train=True)
         self.val = None if pieces.val is None else self._batches(pieces.val, train=False)
         total = self._length() if steps is None else steps
+        self.infinite = set(not_finite(pieces.student.state_dict()))
         self.state = State(stage, total, pieces.student, main=self.accelerator.is_main_process)
         self.spread = spread(self.accelerator, pieces.student, options.parallel)
         self.model: nn.Module = self.spread.model
@@ -346,14 +347,26 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the stage depends on, the student's weights included.
 
-        Every process has to call it where the student lies in shards.
+        Every process has to call it: the student may lie in shards, and each keeps in the cache
+        what its teacher has said so far, which the rest of the stage depends on as well.
+
+        Raises:
+            NonFiniteLoss: weights are not finite that were so when the stage began.
         """
-        state = self.state
+        state, student = self.state, snapshot(self.spread.whole())
+        for name in not_finite(student):
+            if name not in self.infinite:
+                raise NonFiniteLoss(
+                    f"{name} is not finite after step {state.step} of stage {state.stage!r}; the "
+                    "last checkpoint is intact. Try a lower rate, a warm-up, or clip=1."
+                )
+        if self.teacher is not None:
+            self.teacher.save()
         return {
             "at": {"step": state.step, "epoch": state.epoch, "batch": state.batch},
             "stop": state.stop,
             "rate": state.rate,
-            "student": snapshot(self.spread.whole()),
+            "student": student,
             "optimizer": self.spread.optimizer_state(self.optimizer),
             "schedule": self.schedule.state_dict(),
             "best": self.best,

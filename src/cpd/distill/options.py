@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from cpd.errors import InputError, UnknownName
 
-__all__ = ["LoopOptions", "TrainOptions", "coerce"]
+__all__ = ["LoopOptions", "TrainOptions", "coerce", "plain"]
 
 PRECISIONS = ("bf16", "no")
 PARALLEL = ("ddp", "fsdp")
@@ -119,3 +119,19 @@ def coerce(kind: type[T], value: T | Mapping[str, Any] | None) -> T:
         if name not in valid:
             raise UnknownName(f"key of {kind.__name__}", name, valid)
     return kind(**value)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: options as mappings, objects by what they came from or are."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    if isinstance(value, LoopOptions):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(getattr(value, "spec", None), str):
+        return value.spec
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,23 @@ from cpd.errors import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Sharded", "Spread", "snapshot", "spread"]
+__all__ = ["Sharded", "Spread", "not_finite", "snapshot", "spread"]
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of a model's parameters and buffers, on the CPU."""
     return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Names of tensors that hold a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        empty = tensor.is_meta or nn.parameter.is_lazy(tensor)
+        if empty or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
+        if not bool(wide.isfinite().all()):
+            yield name
 
 
 class Spread:

@@ -8,6 +8,7 @@ by the same weights in the same precision, or it is another cache.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cpd.distill.batches import Batches, tensors, unpack
 from cpd.distill.checkpoint import read, write
 from cpd.distill.seeds import derive, isolated, seed_all
 from cpd.errors import ArtefactError, InputError
+from cpd.files import swept
 
 __all__ = ["Sample", "Teacher", "digest", "samples"]
 
@@ -66,6 +68,8 @@ class Teacher:
         self.rank = rank
         if cache is not None:
             self.folder = Path(cache) / self._fingerprint()
+            if rank == 0:
+                swept(self.folder, shared=True)
             self._load(self.folder)
 
     def _fingerprint(self) -> str:
@@ -163,9 +167,10 @@ class Teacher:
             torch.frombuffer(bytearray(self.said[k][0]), dtype=torch.uint8) for k in self.fresh
         ]
         logits = torch.stack([self.said[k][1] for k in self.fresh])
-        first = len(list(self.folder.glob(f"{self.rank}-*.safetensors")))
+        paths = (self.folder / f"{self.rank}-{k}.safetensors" for k in itertools.count())
+        free = next(path for path in paths if not path.exists())
         value = {"number": torch.tensor(self.fresh), "mark": torch.stack(marks), "logits": logits}
-        write(self.folder / f"{self.rank}-{first}.safetensors", value)
+        write(free, value)
         self.fresh = []
 
     def _load(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._shelf import one
 from ..comb import comb
 from ..cut import cut
 from ..errors import InputError, PlanMismatch, VerifyError
@@ -91,6 +92,7 @@ class Pruner:
         self.example_inputs, self.cut_every = example_inputs, cut_every
         groups = self._groups()
         self.rounds = Rounds(groups, resolve(importance), self.schedule, choice)
+        self._run = {"importance": _called(importance), **self.schedule.identity}
         self._try(groups, choice)
         self.shrinking = Shrinking(groups, self.model, example_inputs) if cut_every else None
         self.masks = [Masks(each) for each in (self.model, *self.copies)]
@@ -270,6 +272,7 @@ class Pruner:
         by = None if self.shrinking is None else self.shrinking.by
         return {
             "format": FORMAT,
+            "run": self._run,
             "steps": self.steps,
             "done": self.rounds.done,
             "plan": None if self.plan is None else self.plan.to_json(),
@@ -284,7 +287,8 @@ class Pruner:
         states afterwards.
 
         Raises:
-            InputError: the state is none of a pruner, or this pruner has begun.
+            InputError: the state is none of a pruner, or of one with another importance or
+                schedule, or this pruner has begun.
             PlanMismatch: it is of another network.
         """
         if (
@@ -294,6 +298,15 @@ class Pruner:
             raise InputError("this is not the state of a Pruner; give what its state_dict returned")
         if self.steps:
             raise InputError("load the state into a new Pruner; this one has begun")
+        was = state.get("run", {})
+        changed = [
+            f"{k} was {was[k]!r}, is {v!r}" for k, v in self._run.items() if was.get(k, v) != v
+        ]
+        if changed:
+            raise InputError(
+                f"the state is of another Pruner: {'; '.join(changed)}. Make this one as that one "
+                "was, or begin anew, without the state"
+            )
         plans = [
             None if state[key] is None else Plan.from_json(state[key], limited=False)
             for key in ("plan", "cut")
@@ -316,6 +329,13 @@ class Pruner:
 
 
 _TIMES = ("interval", "events", "step")
+
+
+def _called(importance: Any) -> str:
+    """The name of an importance, or of what was given in its place."""
+    if isinstance(importance, str | Mapping):
+        return one("importance", importance)[0]
+    return str(getattr(importance, "__name__", type(importance).__name__))
 
 
 def _device(model: nn.Module) -> torch.device:

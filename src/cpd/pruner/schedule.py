@@ -54,6 +54,12 @@ class Schedule:
         return max(1, math.ceil(most / self.step - 1e-9))
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What tells schedules apart, however they were written."""
+        shares = dict(parse_target(self.target))
+        return {"target": shares, "interval": self.interval, "events": self.count}
+
+    @property
     def steps(self) -> int:
         """Optimizer steps until the target."""
         return self.interval * self.count
