@@ -24,7 +24,7 @@ from cpd.compress import compress
 from cpd.distill import checkpoint, distill, exists, newest, read, write
 from cpd.distill.checkpoint import previous
 from cpd.files import staging
-from test_compress import SGD, Data, keywords, normed, same, tensors
+from test_compress import SGD, Break, Data, keywords, normed, same, tensors
 
 BASE = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
 
@@ -586,6 +586,23 @@ def test_no_memory_says_what_needs_less(error, whole, tmp_path):
     with pytest.raises(errors.OutOfMemory, match=r"step 5 of 9 in stage 'prune'.*accumulate"):
         compress(normed(), **given(folder), callbacks=(Starved(),))
     agrees(whole, folder)
+
+
+def test_what_needs_less_memory_may_change_on_resume(whole, tmp_path):
+    """As the error says; what decides the gradients may not."""
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress(normed(), **given(folder), callbacks=(Break("recover", 2),))
+    changed = {"prune": {**keywords()["prune"], "batch_size": 8}}
+    with pytest.raises(errors.InputError, match="of another run: prune was"):
+        compress(normed(), **{**given(folder), **changed})
+    less = {
+        name: {**given(folder)[name], "workers": 1, "accumulate": 2}
+        for name in ("base", "prune", "recover")
+    }
+    result = compress(normed(), **{**given(folder), **less})
+    for one, two in zip(result.model.parameters(), whole[0].model.parameters(), strict=True):
+        assert one.shape == two.shape
 
 
 @pytest.mark.parametrize("place", ["comb", "verify", "cut", "report", "on_start", "on_end"])

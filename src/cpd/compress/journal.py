@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cpd.compress.config import CompressConfig
 from cpd.distill import Loop, exists, newest, write
+from cpd.distill.resume import FREE
 from cpd.errors import ArtefactError, InputError, OutputError
 from cpd.files import TEMPORARY, publish, refusal, save_file, staging, swept, write_text
 
@@ -36,6 +37,8 @@ FILES = (
     "report.json",
 )
 FOLDERS = ("checkpoints",)
+
+STAGES = ("base", "prune", "recover")
 
 
 class Journal:
@@ -193,11 +196,22 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def _agree(saved: Mapping[str, str], mine: Mapping[str, str], path: Path) -> None:
     """Refuse a checkpoint of another configuration or network."""
     was, now = json.loads(saved["config"]), json.loads(mine["config"])
-    changed = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
+    changed = [
+        f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if _differs(k, was.get(k), v)
+    ]
     if changed:
         raise InputError(f"{path} is of another run: {'; '.join(changed)}. Resume it as it was")
     if saved["network"] != mine["network"]:
         raise InputError(f"{path} is of a run on another network, or on other weights of this one")
+
+
+def _differs(name: str, was: Any, now: Any) -> bool:
+    """Whether a key decides otherwise; stages may differ in what needs less memory, and older runs
+    say nothing of options that came later.
+    """
+    if name not in STAGES or not isinstance(was, dict) or not isinstance(now, dict):
+        return bool(was != now)
+    return any(was.get(key, value) != value for key, value in now.items() if key not in FREE)
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

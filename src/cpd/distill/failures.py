@@ -45,8 +45,8 @@ def explained(error: Exception, where: str) -> CPDError | None:
     if memory or any(word in text for word in NO_MEMORY):
         return OutOfMemory(
             f"out of memory {where}: {_first(text)}. The last checkpoint is intact. Make "
-            "batch_size smaller, or accumulate larger, which splits each batch and changes no "
-            "gradient; fewer workers need less memory too."
+            "accumulate larger, which splits each batch and changes no gradient, or workers fewer, "
+            "and resume; a smaller batch_size is another run."
         )
     if isinstance(error, RuntimeError) and any(word in text for word in NO_WORKER):
         return DataError(
