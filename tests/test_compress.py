@@ -258,6 +258,22 @@ def test_options_reach_the_plan():
     assert len(events) == 2
 
 
+def test_patterns_of_decay_are_met_before_anything_is_trained():
+    recover = {**keywords()["recover"], "no_decay": ["nothing"]}
+    trained = []
+
+    class Steps:
+        def after_step(self, state):
+            trained.append(state.step)
+
+    with pytest.raises(errors.InputError, match="no parameter is named like 'nothing'"):
+        compress(normed(), **keywords(recover=recover), callbacks=(Steps(),))
+    assert not trained
+    stage = {**keywords()["prune"], "no_decay": ["stem.0.wei*"]}
+    along = {"mgd": {"at": "stem"}}  # a loss with parameters, which have no such names
+    compress(normed(), **keywords(prune=stage, losses=along))
+
+
 def test_a_teacher_of_ones_own_stays_as_it_is():
     teacher = normed().train()
     teacher.stem[0].weight.requires_grad_(False)

@@ -476,7 +476,16 @@ def test_batches_that_cannot_be_shared():
         next(Batches(DataLoader(source, 5), 5, seed=0, world=2).epoch(0))
 
 
-@pytest.mark.parametrize("samples", [16, 17, 19, 22])
+def test_a_last_batch_of_a_loader_smaller_than_the_processes():
+    loader = DataLoader(TensorDataset(torch.arange(10)), 8)
+    found = [list(Batches(loader, 8, 0, rank=rank, world=4).epoch(0)) for rank in range(4)]
+    assert [batches[1][0].tolist() for batches in found] == [[8], [9], [8], [9]]
+    assert all(len(batches) == 2 for batches in found)
+    (again,) = Batches(loader, 8, 0, rank=1, world=4).epoch(0, skip=1)
+    assert again[0].tolist() == [9]
+
+
+@pytest.mark.parametrize("samples", [16, 19, 22])
 def test_an_uneven_last_batch_of_a_loader_is_shared_as_far_as_it_divides(samples):
     loader = DataLoader(TensorDataset(torch.arange(samples)), 8)
     found = [
@@ -568,12 +577,25 @@ def test_no_decay_by_name(norm_decay):
     vectors = {name for name, p in model.named_parameters() if p.ndim < 2}
     assert names == {"0.weight"} | (set() if norm_decay else vectors)
     assert len(decayed["params"]) + len(ids) == len(list(model.parameters()))
-    for wrong in (["nothing*"], "0.weight", [1]):
+    for wrong in (["nothing*"], "0.weight", [1], None):
         with pytest.raises(errors.InputError, match="no_decay"):
-            build_optimizer(model, spec, no_decay=wrong)
-    given = options(no_decay=["nothing*"])
-    with pytest.raises(errors.InputError, match="no parameter is named like"):
-        distill(network(), data=Blobs(), options=given)
+            distill(network(), data=Blobs(), options=options(no_decay=wrong))
+    along = nn.Parameter(torch.zeros(3, 3))
+    made = build_optimizer(model, spec, no_decay=["0.wei*"], beside=[along])
+    assert made.param_groups[0]["params"][-1] is along
+
+
+def test_extra_state_that_is_no_tensor():
+    class Noting(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            assert state == {"a": 1}
+
+    model = nn.Sequential(Noting(6, 4))
+    samples = types.SimpleNamespace(train=Blobs().train, val=None)
+    distill(model, data=samples, options=options(epochs=1))
 
 
 # --- bad input

@@ -252,6 +252,21 @@ def test_costs_are_timed_in_turns(tmp_path: Path, monkeypatch: Any) -> None:
     assert not asked, "nothing is left to be done"
 
 
+def test_costs_of_another_machine_stay(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = {**RECIPE, "bench": {"runs": 1000}}
+    options = {"recipe": recipe, "axes": {"size": {"half": {}}}, "over": None}
+    study = grid(tmp_path, input_shape=[3, 16, 16], **options)
+    run(study, settle, costs=Costs(seconds=0.0, threads=1))
+    asked = counted(monkeypatch)
+    here = run.__globals__["environment"]()
+    monkeypatch.setitem(run.__globals__, "environment", lambda: {**here, "machine": "another"})
+    run(study, settle, costs=Costs(seconds=0.0, threads=1))
+    assert not asked
+    monkeypatch.setitem(run.__globals__, "environment", lambda: here)
+    run(study, settle, costs=Costs(seconds=0.0, threads=1))
+    assert asked
+
+
 def counted(monkeypatch: Any) -> list[str]:
     """The targets for which costs were measured; nothing is measured."""
     asked: list[str] = []

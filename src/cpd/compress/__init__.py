@@ -70,7 +70,7 @@ class Result:
         config, versions = self.report.config, self.report.environment or environment()
         found = {key: config[key] for key in ORIGIN if config.get(key) is not None}
         if self.described is not None:
-            found["config"] = self.described.to_dict()
+            found["config"] = plain(self.described.to_dict())
         return {**found, "versions": {k: v for k, v in versions.items() if k != "machine"}}
 
 
@@ -130,12 +130,23 @@ def compress(
         found = report(run, networks, groups, plan, proof)
         described = None
         if plan.options.get("uniform"):
-            described = models.smaller(base, small, replace(plan, groups=groups), config.model_args)
-            found = replace(found, notes=(*found.notes, models.sentence(described)))
+            described, said = _described(base, small, replace(plan, groups=groups), config)
+            found = replace(found, notes=(*found.notes, said))
         result = Result(small, plan, found, described)
         if run.journal.folder is not None and run.main:
             result.save(run.journal.folder, overwrite=True)
     return result
+
+
+def _described(
+    base: nn.Module, small: nn.Module, plan: Plan, config: CompressConfig
+) -> tuple[models.Config | None, str]:
+    """The configuration that builds a network, and what to say of it; none fails a run."""
+    try:
+        found = models.smaller(base, small, plan, config.model_args)
+    except Exception as error:  # noqa: BLE001 - of the network's library, or of a factory of one's own
+        return None, f"whether a configuration builds it could not be tried: {error}"
+    return found, models.sentence(found)
 
 
 def _signature() -> inspect.Signature:

@@ -34,7 +34,7 @@ from cpd.distill import (
 )
 from cpd.distill.batches import Batches, to_device, unpack
 from cpd.distill.callbacks import Callbacks
-from cpd.distill.optim import try_out
+from cpd.distill.optim import check_patterns, try_out
 from cpd.distill.teacher import digest
 from cpd.errors import InputError, VerifyError
 from cpd.groups import Groups
@@ -131,6 +131,7 @@ class Run:
         for stage in (config.base, config.prune, config.recover):
             if stage is not None:
                 try_out(model, stage.optimizer, stage.schedule)
+                check_patterns(model, stage.no_decay)
         self.teacher = copy.deepcopy(teacher)  # it is frozen and moved
         self.groups: Groups | None = None
         self.calibration: list[Any] = []

@@ -21,6 +21,7 @@ from cpd.distill.checkpoint import exists, newest, read, write
 from cpd.distill.evaluate import evaluate
 from cpd.distill.interrupt import Stopper, Stops
 from cpd.distill.loop import Loop, Pieces
+from cpd.distill.optim import check_patterns
 from cpd.distill.options import LoopOptions, TrainOptions, coerce, plain
 from cpd.distill.resume import go_on, identity
 from cpd.distill.seeds import derive, isolated
@@ -161,6 +162,7 @@ def distill(
     if resume and checkpoint is None:
         raise InputError("resume=True needs checkpoint=, the file to go on from")
     options = coerce(TrainOptions, options)
+    check_patterns(student, options.no_decay)
     samples = data_shelf.resolve(data) if isinstance(data, str | Mapping) else data
     pieces = Pieces(
         copy.deepcopy(student),

@@ -264,14 +264,18 @@ class Batches:
                 continue
             rows = size(batch)
             most = max(most, rows)
-            if index >= skip and (rows >= self.world or not self.train):
+            if index >= skip:
                 yield self._share(batch, rows, most)
 
     def _share(self, batch: Any, rows: int, most: int) -> Any:
-        """Equal parts of a batch for training; of one smaller than those before, what divides."""
+        """Equal parts of a batch for training; of one smaller than those before, what divides, or
+        one sample for each process.
+        """
         over = rows % self.world if self.train else 0
         if over and rows == most:
             text = f"a batch of {rows} samples cannot be shared by {self.world} processes"
             raise InputError(text)
         pick = slice(self.rank, rows - over, self.world)
+        if over == rows:  # fewer than there are processes: some have the same one
+            pick = slice(self.rank % rows, self.rank % rows + 1)
         return _mapped(batch, lambda tensor: tensor[pick] if tensor.ndim else tensor)

@@ -129,13 +129,14 @@ class Loop:
 
     def _optimizer(self, total: int) -> tuple[torch.optim.Optimizer, Schedule]:
         options = self.options
-        trained: nn.Module = self.pieces.student
         if isinstance(self.spread, Sharded) and self._learning():
             raise InputError("losses that learn along need parallel: ddp, not fsdp")
-        if self.losses is not None and self._learning():
-            trained = nn.ModuleList([trained, self.losses.modules])
         optimizer = build_optimizer(
-            trained, options.optimizer, norm_decay=options.norm_decay, no_decay=options.no_decay
+            self.pieces.student,
+            options.optimizer,
+            norm_decay=options.norm_decay,
+            no_decay=options.no_decay,
+            beside=self._learning(),
         )
         by_epoch = isinstance(options.schedule, Mapping) and options.schedule.get("per") == "epoch"
         epoch = len(self.train) if by_epoch else 1

@@ -14,7 +14,14 @@ from torch.optim import Optimizer, lr_scheduler
 
 from cpd.errors import InputError, UnknownName
 
-__all__ = ["Schedule", "build_optimizer", "optimizers", "schedules", "try_out"]
+__all__ = [
+    "Schedule",
+    "build_optimizer",
+    "check_patterns",
+    "optimizers",
+    "schedules",
+    "try_out",
+]
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
 
@@ -57,28 +64,33 @@ def _made(kind: str, name: str, make: Callable[..., Any], *args: Any, **options:
 
 
 def build_optimizer(
-    model: nn.Module, spec: Any, *, norm_decay: bool = True, no_decay: Sequence[str] = ()
+    model: nn.Module,
+    spec: Any,
+    *,
+    norm_decay: bool = True,
+    no_decay: Sequence[str] = (),
+    beside: Iterable[nn.Parameter] = (),
 ) -> Optimizer:
     """The optimizer of a model's trainable parameters.
 
     ``spec``: a name, a mapping with ``name`` and options, or a callable.
     ``norm_decay=False`` takes the weight decay off parameters with fewer than two axes, and
-    ``no_decay`` off those whose names match one of its patterns.
+    ``no_decay`` off those of the model whose names match one of its patterns. ``beside``: further
+    parameters, of losses that learn along.
 
     Raises:
-        UnknownName: no optimizer of that name. InputError: options that it does not take, or a
-            pattern that no parameter's name matches.
+        UnknownName: no optimizer of that name. InputError: options that it does not take.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = list(named.values())
+    named = [*model.named_parameters(), *(("", parameter) for parameter in beside)]
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    trained = [parameter for _, parameter in named]
     if not trained:
         raise InputError("the student has no parameter that requires a gradient; nothing to train")
-    _check_patterns(model, no_decay)
     parameters: Iterable[Any] = trained
     if not norm_decay or no_decay:
         free = [
             (p.ndim < 2 and not norm_decay) or any(fnmatchcase(name, each) for each in no_decay)
-            for name, p in named.items()
+            for name, p in named
         ]
         parameters = [
             {"params": [p for p, without in zip(trained, free, strict=True) if not without]},
@@ -94,10 +106,12 @@ def build_optimizer(
     return optimizer
 
 
-def _check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Refuse what is no list of patterns, and patterns that match nothing, frozen ones too."""
-    if isinstance(patterns, str) or not all(isinstance(each, str) for each in patterns):
-        raise InputError(f"no_decay must be a list of patterns of names, got {patterns!r}")
+def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Refuse patterns that match no parameter of a network, be it trained or frozen.
+
+    Raises:
+        InputError: there is one.
+    """
     names = [name for name, _ in model.named_parameters()]
     for each in patterns:
         if not any(fnmatchcase(name, each) for name in names):

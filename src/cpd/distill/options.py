@@ -76,6 +76,9 @@ class LoopOptions:
             if not isinstance(value, int) or value < bound:
                 text = f"{name} must be a whole number of at least {bound}, got {value!r}"
                 raise InputError(text)
+        named = isinstance(self.no_decay, list | tuple)
+        if not named or not all(isinstance(each, str) for each in self.no_decay):
+            raise InputError(f"no_decay must be a list of patterns, got {self.no_decay!r}")
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"clip must be above 0, or left out, got {self.clip!r}")
 

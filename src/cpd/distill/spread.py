@@ -23,9 +23,11 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
 
 
-def not_finite(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def not_finite(tensors: Mapping[str, Any]) -> Iterator[str]:
     """Names of tensors that hold a NaN or an infinity."""
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # a module's extra state
         empty = tensor.is_meta or nn.parameter.is_lazy(tensor)
         if empty or not (tensor.is_floating_point() or tensor.is_complex()):
             continue

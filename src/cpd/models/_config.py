@@ -161,14 +161,16 @@ def _shapes(build: Build, values: Mapping[str, Any]) -> dict[str, tuple[int, ...
 
 def _same(made: nn.Module, small: nn.Module, plan: Plan) -> bool:
     """Say whether a network computes with the cut network's weights what that computes."""
-    from torch.utils._pytree import tree_leaves
+    from torch.utils._pytree import tree_leaves, tree_map_only
 
     if plan.groups is None:
         return True
     kinds = [x.dtype for x in small.parameters() if x.is_floating_point()]
-    made = made.to(kinds[0]) if kinds else made
+    first = next(small.parameters(), torch.empty(0))
+    made = (made.to(kinds[0]) if kinds else made).to(first.device)
     made.load_state_dict(small.state_dict())
-    args, kwargs = plan.groups.trace.args, plan.groups.trace.kwargs
+    inputs = (plan.groups.trace.args, plan.groups.trace.kwargs)
+    args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(first.device), inputs)
     modes = [(module, module.training) for module in small.modules()]
     try:
         with torch.no_grad():
