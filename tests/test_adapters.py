@@ -316,7 +316,8 @@ def test_lightning_leaves_out_what_its_scaler_will(importance, quiet):
         pruner = cpd.Pruner(model, x, target="macs=0.5", importance=importance, **SHORT_TIMES)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-        trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+        plugin = SimpleNamespace(scaler=scaler)
+        trainer = SimpleNamespace(precision_plugin=plugin, optimizers=[optimizer])
         callback = PruneCallback(pruner)
         for factor in (1.0, float("inf"), 2.0):
             if scaler is None and factor == float("inf"):
