@@ -154,14 +154,17 @@ def test_a_trainer_that_smooths_labels_shows_them_to_losses(tmp_path, quiet):
         **sizes, num_hidden_layers=1, num_attention_heads=2, num_channels=1, num_labels=10
     )
     model, teacher = ViTForImageClassification(config), ViTForImageClassification(config)
-    DistillTrainer(
+    made = DistillTrainer(
         model=model,
         teacher=teacher,
         losses="dkd",
         args=arguments(tmp_path, max_steps=2, label_smoothing_factor=0.1),
         train_dataset=common.Ordered(),
         optimizers=(common.optimizer_of(model), None),
-    ).train()
+    )
+    made.train()
+    assert made.state.global_step == 2
+    assert made.state.log_history[-1]["train_loss"] > 0
 
 
 def test_a_network_of_transformers_is_pruned_and_distilled(tmp_path, quiet):

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from .errors import ArtefactError
 
-__all__ = ["LONGEST", "bounded", "opened", "read_text"]
+__all__ = ["LONGEST", "bounded", "contents", "opened"]
 
 LONGEST = 1 << 25  # bytes of a file; a large plan (of 200 layers, 20 M weights) has a million
 NESTED = 1 << 19  # lists and mappings in it: each takes many times its letters
@@ -22,19 +22,20 @@ def opened(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def read_text(path: Path, hint: str) -> str:
-    """The text of a file. Raises `ArtefactError`, ending in `hint`: missing, no text, too large."""
+def contents(path: Path, most: int, hint: str) -> bytes:
+    """What is in a file of at most so many bytes.
+
+    Raises:
+        ArtefactError: it is missing, no regular file, or larger; the text ends in ``hint``.
+    """
     try:
         with opened(path) as stream:
-            data = stream.read(LONGEST + 1)
+            data = stream.read(most + 1)
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror}. {hint}") from error
-    if len(data) > LONGEST:
-        raise ArtefactError(f"{path} is larger than {LONGEST} bytes. {hint}")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ArtefactError(f"{path} is no text: {error}. {hint}") from error
+        raise ArtefactError(f"{path} cannot be read: {error.strerror or error}. {hint}") from error
+    if len(data) > most:
+        raise ArtefactError(f"{path} is larger than {most} bytes. {hint}")
+    return data
 
 
 def bounded(text: str) -> str:

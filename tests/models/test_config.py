@@ -90,39 +90,34 @@ def test_a_configuration_prints_itself() -> None:
     assert str(models.Config("transformers", "BConfig", {"b": 1})) == "BConfig(b=1)"
 
 
+SGD = {"batch_size": 64, "optimizer": {"name": "SGD", "lr": 0.01}}
+RUN: dict[str, Any] = {
+    "data": {"digits": {"size": 32}},
+    "target": "macs=0.8",
+    "uniform": True,
+    "interval": 1,
+    "events": 1,
+    "prune": SGD,
+    "recover": {**SGD, "steps": 1},
+    "onnx": False,
+}
+GREY = {**VIT, "in_chans": 1, "embed_dim": 24}
+
+
 def test_a_run_does_not_fail_for_want_of_a_configuration() -> None:
-    stage = {"batch_size": 64, "optimizer": {"name": "SGD", "lr": 0.01}}
-    result = cpd.compress(
-        timm.create_model,
-        model_args={"model_name": "vit_tiny_patch16_224", **VIT, "in_chans": 1, "embed_dim": 24},
-        data={"digits": {"size": 32}},
-        target="macs=0.8",
-        uniform=True,
-        interval=1,
-        events=1,
-        prune=stage,
-        recover={**stage, "steps": 1},
-        onnx=False,
-    )
+    args = {"model_name": "vit_tiny_patch16_224", **GREY}
+    result = cpd.compress(timm.create_model, model_args=args, **RUN)
     assert result.described is None
     assert any("could not be tried" in note for note in result.report.notes)
 
 
 def test_a_run_notes_the_configuration_that_builds_its_result(tmp_path: Any) -> None:
-    stage = {"batch_size": 64, "optimizer": {"name": "SGD", "lr": 0.01}}
     result = cpd.compress(
         lambda **args: timm.create_model("vit_tiny_patch16_224", **args),
-        model_args={**VIT, "in_chans": 1, "embed_dim": 24},
-        data={"digits": {"size": 32}},
-        target="macs=0.8",
+        model_args=GREY,
         limits={"*attn*": 0, "patch_embed*": 0},
-        uniform=True,
-        interval=1,
-        events=2,
-        prune=stage,
-        recover={**stage, "epochs": 1},
-        onnx=False,
         output=tmp_path,
+        **RUN,
     )
     assert result.described is not None
     assert set(result.described.values) == {"mlp_ratio"}

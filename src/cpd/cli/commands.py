@@ -169,11 +169,12 @@ class Shell:
         Args:
             folder: what compress wrote.
         """
-        from cpd.reading import read_text
+        from cpd.reading import LONGEST, contents
         from cpd.report import Report
 
         path = Path(folder) / "report.json"
-        report = Report.from_json(read_text(path, "Give the folder that compress wrote."))
+        text = contents(path, LONGEST, "Give the folder that compress wrote.")
+        report = Report.from_json(text.decode(errors="replace"))
         self.console.print(report.table())
         if report.proof:
             self.console.print(report.proof, markup=False, highlight=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from cpd.cli.models import LIBRARIES
 from cpd.errors import ArtefactError, InputError
-from cpd.reading import opened
+from cpd.reading import contents
 
 __all__ = ["network", "notes"]
 
@@ -82,14 +82,7 @@ def notes(path: Path) -> Any:
     Raises:
         ArtefactError: it cannot be read, is too large, or is another kind of file.
     """
-    limit = LIMITS[path.name]
-    try:
-        with opened(path) as stream:
-            data = stream.read(limit + 1)
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(data) > limit:
-        raise ArtefactError(f"{path} is larger than {limit} bytes: cpd did not write it")
+    data = contents(path, LIMITS[path.name], "Give a folder that cpd wrote.")
     try:
         return json.loads(data) if path.suffix == ".json" else _yaml(data.decode())
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:

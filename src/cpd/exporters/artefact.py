@@ -25,7 +25,7 @@ from cpd.errors import ArtefactError, CPDError, ExportError, InputError, OutputE
 from cpd.exporters._tensors import MANIFEST, PLAN, TENSORS, Stored, assign, collect, read, write
 from cpd.files import publish, refusal, staging
 from cpd.plan import Plan
-from cpd.reading import LONGEST, bounded, opened
+from cpd.reading import LONGEST, bounded, contents, opened
 
 __all__ = ["load", "plan_of", "rebuilt", "save"]
 
@@ -193,17 +193,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _bytes(path: Path) -> bytes:
-    """What is in ``path``; refuses what is missing or too large."""
-    try:
-        with opened(path) as stream:
-            data = stream.read(_LIMITS[path.name] + 1)
-    except OSError as error:
-        raise ArtefactError(
-            f"{path} cannot be read: {error.strerror}. Give the folder that cpd.save wrote."
-        ) from error
-    if len(data) > _LIMITS[path.name]:
-        raise ArtefactError(f"{path} is larger than {_LIMITS[path.name]} bytes: not an artefact.")
-    return data
+    return contents(path, _LIMITS[path.name], "Give the folder that cpd.save wrote.")
 
 
 def _read_limited(path: Path) -> dict[str, Any]:

@@ -116,19 +116,10 @@ def run(
         if told is not None:
             told(found, cell.name)
         if costs is not None:
-            source, keywords = settle(_without_training(cell.values))
-            config = CompressConfig.of(model=plain(source), **keywords)
-            kept = _kept(study, place)
-            times = place / "times.json" if kept is None else kept.with_suffix(".times.json")
-            report = costed(
-                source, config, shape=study.input_shape, seconds=costs.seconds, kept=times
-            )
-            write_text(place / "report.json", report.to_json())
-            report = _done(study, cell, cost_only=True)
+            _costed(study, cell, settle, costs)
         else:
             _trained(study, cell, settle, callbacks)
-            report = _done(study, cell, cost_only=False)
-        found[number] = Outcome(cell, report)
+        found[number] = Outcome(cell, _done(study, cell, costs is not None))
     if told is not None:
         told(found, "")
     return found
@@ -183,6 +174,16 @@ def _kept(study: Study, place: Path) -> Path | None:
 def _without_training(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without what costs do not depend on, above all weights and other teachers."""
     return {k: v for k, v in values.items() if k not in ("weights", "teacher", "losses", "output")}
+
+
+def _costed(study: Study, cell: Cell, settle: Settle, costs: Costs) -> None:
+    source, keywords = settle(_without_training(cell.values))
+    config = CompressConfig.of(model=plain(source), **keywords)
+    place = _place(study, cell, cost_only=True)
+    kept = _kept(study, place)
+    times = place / "times.json" if kept is None else kept.with_suffix(".times.json")
+    report = costed(source, config, shape=study.input_shape, seconds=costs.seconds, kept=times)
+    write_text(place / "report.json", report.to_json())
 
 
 def _trained(study: Study, cell: Cell, settle: Settle, callbacks: tuple[Any, ...]) -> None:
