@@ -234,12 +234,46 @@ def test_momentum_of_matrices_is_cut_along():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*are in none of the optimizers")
         small, pruner, optimizer, _ = pruned(cut_every=1, make=make)
     assert cpd.costs.params(small) == pruner.plan.costs["params"][1]
     assert optimizer.state
     for parameter, state in optimizer.state.items():
         assert state["momentum_buffer"].shape == parameter.shape
         assert state["momentum_buffer"].any()
+
+
+def test_two_optimizers_are_cut_along_as_one():
+    one, *_ = pruned(cut_every=2)
+    model = network()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    pair = sgd(weights), sgd([p for p in model.parameters() if p.ndim < 2])
+    pruner = cpd.Pruner(model, X, target="macs=0.4", **TIMES, cut_every=2)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(10):
+            cross_entropy(model, batch).backward()
+            pruner.observe()
+            for each in pair:
+                each.step()
+            pruner.advance(*pair)
+            model.zero_grad()
+    near(one, pruner.finish(), 1e-12)
+
+
+def test_an_optimizer_that_is_not_cut_along_is_noticed():
+    model = network()
+    told, untold = sgd(model.stem.parameters()), sgd(model.head.parameters())
+    pruner = cpd.Pruner(model, X, target="macs=0.4", **TIMES, cut_every=1)
+    pruner.attach(told)
+    first, second = batches(2)
+    for optimizer in (untold, told):
+        cross_entropy(model, first).backward()
+        optimizer.step()
+    cross_entropy(model, second).backward()
+    with pytest.warns(UserWarning, match=r"are in none of the optimizers.*advance\(\*optimizers"):
+        told.step()
 
 
 def test_state_of_a_form_of_its_own_begins_anew_with_a_warning():
@@ -490,6 +524,10 @@ def test_resume_is_exact(every, at, tmp_path):
     ("changes", "text"),
     [
         ({"importance": "taylor"}, "importance was 'hessian', is 'taylor'"),
+        (
+            {"importance": {"hessian": {"mended": True}}},
+            r"importance's options was '\[\]', is .*mended",
+        ),
         ({"interval": 5}, "interval was 2, is 5"),
         ({"events": 3}, "events was 4, is 3"),
         ({"target": "macs=0.9"}, r"target was \{'macs': 0.4\}, is \{'macs': 0.9\}"),

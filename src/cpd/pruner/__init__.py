@@ -22,7 +22,7 @@ from ..plan import Plan
 from ..prune import split
 from ..trace import Inputs
 from .attach import Attached
-from .carry import carry, cuttable
+from .carry import carry, cuttable, untold
 from .event import Event
 from .rounds import Rounds, shared
 from .schedule import Schedule
@@ -92,7 +92,7 @@ class Pruner:
         self.example_inputs, self.cut_every = example_inputs, cut_every
         groups = self._groups()
         self.rounds = Rounds(groups, resolve(importance), self.schedule, choice)
-        self._run = {"importance": _called(importance), **self.schedule.identity}
+        self._run = {**_named(importance), **self.schedule.identity}
         self._try(groups, choice)
         self.shrinking = Shrinking(groups, self.model, example_inputs) if cut_every else None
         self.masks = [Masks(each) for each in (self.model, *self.copies)]
@@ -148,9 +148,10 @@ class Pruner:
     def attach(self, optimizer: Any, *, observe: bool = True, scaler: Any = None) -> Attached:
         """Observe before and advance after every step of an optimizer, whoever calls it.
 
-        Where the step gets a closure that computes the gradients, call `observe()` in the closure
-        and attach with `observe=False`. `scaler`: the GradScaler that scales the loss, where there
-        is one. Returns a handle whose `remove()` ends it.
+        Where several optimizers train the network, call `observe()` and `advance(*optimizers)`
+        instead. Where the step gets a closure that computes the gradients, call `observe()` in the
+        closure and attach with `observe=False`. `scaler`: the GradScaler that scales the loss,
+        where there is one. Returns a handle whose `remove()` ends it.
         """
         if self.cut_every:
             cuttable(optimizer)
@@ -179,7 +180,7 @@ class Pruner:
     def advance(self, *optimizers: Any) -> Event | None:
         """Keep what is gone at zero, and prune where it is time; call it after every step.
 
-        `optimizers`: those whose state is to be cut along.
+        `optimizers`: those whose state is to be cut along; where several train the network, all.
         """
         for each in optimizers if self.cut_every else ():
             cuttable(each)
@@ -256,6 +257,8 @@ class Pruner:
         assert self.shrinking is not None
         assert self.plan is not None
         self.rounds.close()
+        if not self.shrinking.by:
+            untold(optimizers, self.model)
         self.shrinking.cut(self.plan, optimizers, self.copies)
         self.masks = [Masks(each) for each in (self.model, *self.copies)]
         if not self.finished:
@@ -331,11 +334,12 @@ class Pruner:
 _TIMES = ("interval", "events", "step")
 
 
-def _called(importance: Any) -> str:
-    """The name of an importance, or of what was given in its place."""
+def _named(importance: Any) -> dict[str, str]:
+    """The name of an importance and its options, or the name of what was given in its place."""
     if isinstance(importance, str | Mapping):
-        return one("importance", importance)[0]
-    return str(getattr(importance, "__name__", type(importance).__name__))
+        name, options = one("importance", importance)
+        return {"importance": name, "importance's options": repr(sorted(options.items()))}
+    return {"importance": str(getattr(importance, "__name__", type(importance).__name__))}
 
 
 def _device(model: nn.Module) -> torch.device:

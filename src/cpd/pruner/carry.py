@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from ..cut import Slice
 from ..errors import InputError
 
-__all__ = ["carry", "cuttable", "forget", "inner_optimizer"]
+__all__ = ["carry", "cuttable", "forget", "inner_optimizer", "untold"]
 
 # A parameter that is multiplied by f has gradients divided by f. What state of `torch.optim` is
 # made of: gradients (-1), their squares (-2), the parameter itself (1) or its steps squared (2).
@@ -68,6 +68,22 @@ def cuttable(optimizer: Any) -> None:
             f"{type(inner).__name__} keeps directions of all parameters in one vector, which "
             "cannot be cut with the network: use another optimizer, or cut_every=0, which masks "
             "until the end"
+        )
+
+
+def untold(optimizers: Iterable[Any], model: nn.Module) -> None:
+    """Warn of parameters that train in none of the optimizers that are cut along."""
+    groups = [group for each in optimizers for group in inner_optimizer(each).param_groups]
+    told = {id(parameter) for group in groups for parameter in group["params"]}
+    trains = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    left = [name for name, parameter in trains if id(parameter) not in told]
+    if told and left:
+        warnings.warn(
+            f"{len(left)} parameters that train, as {left[0]!r}, are in none of the optimizers "
+            "that are cut with the network. Where another one steps them, its state would keep the "
+            "old shapes: call observe() before, and advance(*optimizers) with all of them after "
+            "all have stepped",
+            stacklevel=2,
         )
 
 
