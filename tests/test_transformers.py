@@ -11,13 +11,15 @@ import transformers
 from torch import nn
 
 import cpd
-from laws import prove, wide
+from cpd.errors import InputError
+from laws import prove, wide, zeroed
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
     "max_position_embeddings": 64,
 }  # fmt: skip
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+PHI3 = {**SIZES, **HEADS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def ids(length: int = 7) -> torch.Tensor:
@@ -97,9 +99,7 @@ NETS: dict[str, tuple[Callable[[str], tuple[nn.Module, Any]], set[str]]] = {
         {"channels", "head dims"},
     ),
     "phi3": (
-        lambda a: causal(
-            "Phi3", a, **SIZES, **HEADS, pad_token_id=0, bos_token_id=1, eos_token_id=2
-        ),
+        lambda a: causal("Phi3", a, **PHI3),
         {"channels"},
     ),
     "gpt2": (gpt2, {"channels"}),
@@ -161,6 +161,44 @@ def test_rotary_pairs_go_together_in_all_layers_and_the_table_follows() -> None:
     assert small(**inputs).logits.shape == (2, 7, 96)
     longer = {"input_ids": ids(11)[:1], "use_cache": False}
     assert small(**longer).logits.shape == (1, 11, 96)
+
+
+def test_heads_of_a_fused_projection_go_with_a_mask_and_without() -> None:
+    """Slices at products of numbers, and another kernel where no mask is needed."""
+    model, inputs = causal("Phi3", **PHI3)
+    groups = cpd.comb(model, inputs, exact=True)
+    assert kinds(groups) >= {"heads", "head groups", "head dims"}
+    scores = {group.name: torch.rand(group.size) for group in groups}
+    plan = cpd.choose(groups, scores, "params=0.7", ranking="uniform")
+    small, whole = cpd.cut(model, plan), zeroed(model, plan)
+    assert small.model.layers[0].self_attn.qkv_proj.out_features < 80
+    for batch, length in ((1, 7), (3, 7), (3, 11)):
+        words = torch.randint(3, 96, (batch, length))
+        padded = torch.ones_like(words)
+        padded[0, :2] = 0
+        for mask in ({}, {"attention_mask": torch.ones_like(words)}, {"attention_mask": padded}):
+            mine, theirs = (m(words, use_cache=False, **mask).logits for m in (small, whole))
+            seen = padded.bool() if mask else slice(None)
+            torch.testing.assert_close(mine[seen], theirs[seen], rtol=1e-9, atol=1e-9)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    mine, theirs = (m.generate(words, use_cache=False, **options) for m in (small, whole))
+    assert mine.tolist() == theirs.tolist()
+    with pytest.raises(InputError, match=r"cache is DynamicCache.* but .* cut for None"):
+        small.generate(words, **options)
+    with pytest.raises(RuntimeError, match="cut for other sizes of its inputs"):
+        small(words[:, :1], use_cache=False)
+
+
+def test_code_that_is_kept_takes_a_cache() -> None:
+    model, inputs = causal("Phi3", **PHI3)
+    options = {"importance": "random", "keep_class": "strict"}
+    small, plan = cpd.prune(model, inputs, target="params=0.7", **options)
+    assert not plan.forwards
+    first, second = (
+        small.generate(ids(), use_cache=cache, max_new_tokens=3, do_sample=False)
+        for cache in (True, False)
+    )
+    assert first.tolist() == second.tolist()
 
 
 def test_tied_embeddings_stay_tied() -> None:

@@ -33,6 +33,8 @@ def addition(forward: Forward, steps: list[Step], step: Step, stays: int) -> Add
 
     Raises `Uncapturable` where it cannot be told which one it is.
     """
+    if forward.others:
+        raise Uncapturable("it is called in several ways")
     number = next((k for k, found in aligned(forward.graphs["eval"], steps) if found is step), None)
     trained = None if number is None else in_training(forward).get(number)
     if number is None or trained is None:

@@ -13,6 +13,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from keyword import iskeyword
@@ -25,6 +26,17 @@ from .errors import ArtefactError, InputError
 from .rules import find
 
 Data = dict[str, Any]
+
+
+def _check(holds: Any) -> None:
+    torch._check(
+        holds,
+        lambda: (
+            "this module's forward was cut for other sizes of its inputs: at these its code takes "
+            'another way. Comb at the sizes that you use, or with keep_class="strict" to keep it.'
+        ),
+    )
+
 
 BUILTINS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -54,9 +66,9 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "sym_min": torch.sym_min,
     "sym_not": torch.sym_not,
     "sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
-    "check": torch._check,
+    "check": _check,
 }
-_NAMES = {function: name for name, function in BUILTINS.items()}
+_NAMES = {function: name for name, function in BUILTINS.items()} | {torch._check: "check"}
 _KINDS: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -77,25 +89,32 @@ class Forward:
     """`call`: parameter name -> tree of what it was given. `graphs`: "eval" and "train" -> calls.
 
     Leaves of `call` are {"input": k}, the k-th input of the graphs, or {"is": constant}. A leaf's
-    "fixed" are axes whose size must be the traced one: axis (as text) -> size.
+    "fixed" are axes whose size must be the traced one: axis (as text) -> size. `others` are the
+    same forward for calls of other forms.
     """
 
     call: Data
     graphs: dict[str, list[Data]]
+    others: tuple[Forward, ...] = ()
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Forward:
         """Return the forward of JSON values. Raises `ArtefactError` where an operator is none that
         CPD knows.
         """
-        made = cls(dict(data["call"]), {mode: list(data["graphs"][mode]) for mode in _MODES})
+        graphs = {mode: list(data["graphs"][mode]) for mode in _MODES}
+        forms = data.get("others", ())
+        others = tuple(cls.from_data({**form, "others": ()}) for form in forms)
+        made = cls(dict(data["call"]), graphs, others)
         for graph in made.graphs.values():
             _check_calls(graph)
         return made
 
     def to_data(self) -> Data:
         """Return the forward as JSON values."""
-        return {"call": self.call, "graphs": self.graphs}
+        others = [other.to_data() for other in self.others]
+        made: Data = {"call": self.call, "graphs": self.graphs}
+        return {**made, "others": others} if others else made
 
     @cached_property
     def _compiled(self) -> dict[str, Callable[..., Any]]:
@@ -103,20 +122,33 @@ class Forward:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute what the module's own forward would, on its present tensors."""
-        leaves: list[Any] = []
         given = bound(module, args, kwargs)
+        form, leaves = self._form_of(given)
+        mode = "train" if module.training else "eval"
+        if mode not in form._compiled:
+            form._compiled[mode] = compiled(module, form.graphs[mode])
+        return form._compiled[mode](module, *leaves)
+
+    def _form_of(self, given: Data) -> tuple[Forward, list[Any]]:
+        try:
+            return self, self._leaves(given)
+        except InputError:
+            for other in self.others:
+                with suppress(InputError):
+                    return other, other._leaves(given)
+            raise
+
+    def _leaves(self, given: Data) -> list[Any]:
+        leaves: list[Any] = []
         for name, tree in self.call.items():
             _flatten(tree, given.get(name), leaves, name)
-        mode = "train" if module.training else "eval"
-        if mode not in self._compiled:
-            self._compiled[mode] = compiled(module, self.graphs[mode])
-        return self._compiled[mode](module, *leaves)
+        return leaves
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return self  # a value
 
     def __reduce__(self) -> Any:
-        return Forward, (self.call, self.graphs)
+        return Forward, (self.call, self.graphs, self.others)
 
 
 _MODES = ("eval", "train")
@@ -360,4 +392,4 @@ def changed(forward: Forward, places: Mapping[tuple[str, int, str, int | None], 
             held[key] = value
         else:
             next(iter(held[key].values()))[entry] = value
-    return Forward(forward.call, graphs)
+    return Forward(forward.call, graphs, forward.others)

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
-import torch
-
 from .calls import Uncapturable
 from .forward import Data, Forward, encode
 from .graph import Step
 from .labels import Labels
+from .partners import Pair, agree, apart, name_of
 from .rules import Size
 
 Place = tuple[str, int, str, int | None]
@@ -32,7 +31,7 @@ def matched(
     places: dict[Place, list[Size]] = {}
     graph = forward.graphs["eval"]
     training = in_training(forward)
-    for number, step in aligned(graph, steps):
+    for number, step in partners(graph, steps):
         for size in step.sizes:
             place = _place("eval", number, step, size)
             held = _held(graph[number], place)
@@ -67,37 +66,40 @@ def _number(training: Mapping[int, int], number: int) -> int:
     return training[number]
 
 
+def goes_apart(forward: Forward, steps: list[Step]) -> bool:
+    """Say whether a forward takes another way than its trace."""
+    try:
+        list(aligned(forward.graphs["eval"], steps))
+    except Uncapturable:
+        return True
+    return False
+
+
+def partners(graph: list[Data], steps: list[Step]) -> list[Pair]:
+    """Pair the calls of the trace with those of the forward, also where the two go apart."""
+    try:
+        return list(aligned(graph, steps))
+    except Uncapturable:
+        return apart(graph, steps)
+
+
 def aligned(graph: list[Data], steps: list[Step]) -> Iterator[tuple[int, Step]]:
     """Pair the calls of the trace with those of the forward, which may be called several times."""
     numbers = [k for k, node in enumerate(graph) if "." in node["op"]]
     at = 0
     for step in steps:
-        target: Any = step.node.target
-        if not isinstance(target, torch._ops.OpOverload):
+        name = name_of(step)
+        if name is None:
             continue
-        name = f"{target.namespace}.{target._schema.name.split('::')[-1]}.{target._overloadname}"
         order = [(at + offset) % len(numbers) for offset in range(len(numbers))]
         order = [k for k in order if graph[numbers[k]]["op"] == name]
         given = encode(list(step.node.args))
-        found = next((k for k in order if _agree(graph[numbers[k]]["args"], given)), None)
+        found = next((k for k in order if agree(graph[numbers[k]]["args"], given)), None)
         if found is None and step.sizes:
             raise Uncapturable(f"its trace and its code disagree about {name}")
         if found is not None:
             at = found + 1
             yield numbers[found], step
-
-
-def _agree(held: Any, given: Any) -> bool:
-    """Say whether the numbers of two calls are the same, where both are numbers: a slice that
-    takes all stands in the code, but not always in a trace.
-    """
-    if isinstance(held, list) and isinstance(given, list):
-        return all(_agree(a, b) for a, b in zip(held, given, strict=False))
-    if isinstance(held, dict) and isinstance(given, dict):
-        return held.keys() != given.keys() or all(_agree(held[k], given[k]) for k in held)
-    if isinstance(held, str) or not isinstance(held, type(given)) or -1 in (held, given):
-        return True
-    return held == given
 
 
 def _place(mode: str, number: int, step: Step, size: Size) -> Place:
@@ -132,7 +134,7 @@ def _infer(node: Data, place: Place) -> None:
 def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:
     """Return the attentions that divide by the root of the head size that they find."""
     found: dict[Place, tuple[Labels, int]] = {}
-    for number, step in aligned(forward.graphs["eval"], steps):
+    for number, step in partners(forward.graphs["eval"], steps):
         query = step.args.get("query")
         default = step.args.get("scale") is None
         if not isinstance(query, Labels) or "attention" not in str(step.node.target) or not default:

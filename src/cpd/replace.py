@@ -8,8 +8,7 @@ network, which know for every literal whose axis it is; a plan then only writes 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,18 +17,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from .calls import Made, Uncapturable, record, returned
+from .calls import Returned, Uncapturable, leaves_of, returned
 from .capture import capture
 from .channels import Ids
 from .errors import CPDError
 from .forward import Data, Forward, changed
 from .graph import Step
 from .labels import Labels, Mask, axis_size
-from .literals import Place, matched, scales_of
-from .on_meta import OnMeta
+from .literals import Place, goes_apart, matched, scales_of
+from .recorded import Recorded
 from .rules import Size
-from .surgery import rebuild
-from .trace import Trace, location, named_tensors, quiet_state
+from .trace import Trace, location, named_tensors
 
 _ENOUGH = 3  # modules of one class that fail for one reason: others are not tried
 
@@ -37,7 +35,8 @@ _ENOUGH = 3  # modules of one class that fail for one reason: others are not tri
 @dataclass(frozen=True)
 class Template:
     """A captured forward, with the sizes behind its literals and the scales to be written into
-    it; `rigid` sizes it computes from its inputs, so they must stay.
+    it; `rigid` sizes it computes from its inputs, so they must stay. `others`: the same for calls
+    of other forms.
     """
 
     forward: Forward
@@ -45,11 +44,13 @@ class Template:
     rigid: list[Size]
     scales: dict[Place, tuple[Labels, int]]
     ids: Ids
+    others: tuple[Template, ...] = ()
 
     def at(self, alive: Mask) -> Forward | None:
         """Return the forward for live ids; None where nothing that passes through it changes."""
-        if alive[self.ids].all():
-            return None
+        return None if alive[self.ids].all() else self._changed(alive)
+
+    def _changed(self, alive: Mask) -> Forward:
         values: dict[Place, Any] = {}
         for size in self.rigid:
             if axis_size(size.labels, size.axis, alive) != size.old:
@@ -61,7 +62,8 @@ class Template:
             values[place] = new.pop()
         for place, (labels, axis) in self.scales.items():
             values[place] = labels.shape[axis] ** -0.5
-        return changed(self.forward, values)
+        others = tuple(other._changed(alive) for other in self.others)
+        return replace(changed(self.forward, values), others=others)
 
 
 class Disagreement(CPDError):
@@ -84,7 +86,7 @@ class Replacements:
         self.why_not: dict[str, str] = {}
         self.why: dict[str, str] = {}
         self._made: dict[str, Template | None] = {}
-        self._children: dict[str, list[list[Made]]] = {}
+        self._recorded = Recorded(model, trace, list(self.steps))
         self._captured: dict[Any, Forward | str] = {}
         self._failed: dict[type, list[str]] = {}
 
@@ -134,17 +136,36 @@ class Replacements:
         failed = self._failed.get(type(module), [])
         if failed[_ENOUGH - 1 :] and len(set(failed)) == 1:
             raise Uncapturable(failed[0])  # the same code, which takes its time
-        calls = self._calls.get(path, [])
+        calls = self._recorded.calls.get(path, [])
         if not calls:
             raise Uncapturable("it is called by another way than its forward")
         try:
-            forward = self._capture(path, module, calls)
-            places, rigid = matched(forward, self.steps.get(path, []))
+            forward = self._capture(module, calls, returned(self._recorded.children.get(path, [])))
+            if goes_apart(forward, self.steps.get(path, [])):
+                return self._of_both_ways(path, module, calls)
+            return self._matched(path, forward)
         except Uncapturable as reason:
             self._failed.setdefault(type(module), []).append(str(reason))
             raise
-        scales = scales_of(forward, self.steps.get(path, []))
-        return Template(forward, places, rigid, scales, self.passing(path))
+
+    def _matched(self, path: str, forward: Forward) -> Template:
+        steps = self.steps.get(path, [])
+        places, rigid = matched(forward, steps)
+        return Template(forward, places, rigid, scales_of(forward, steps), self.passing(path))
+
+    def _of_both_ways(self, path: str, module: nn.Module, calls: list[Data]) -> Template:
+        """Return the forward of a module that takes another way while it is traced: where it is
+        then called in another form, it can be called in both.
+        """
+        longer = self._recorded.longer.get(path, [])
+        if self._recorded.on_values and not longer:
+            raise Uncapturable("it runs with inputs of one length alone")
+        made = self._matched(path, self._capture(module, calls + longer, []))
+        traced = self._recorded.traced.get(path, [])
+        if not traced or str(leaves_of(traced[0])[1]) == str(leaves_of(calls[0])[1]):
+            return made
+        other = self._matched(path, self._capture(module, traced, []))
+        return replace(made, others=(other,))
 
     def passing(self, path: str) -> Ids:
         """Return the ids of all that a module and its children compute with."""
@@ -164,101 +185,18 @@ class Replacements:
             found[path] = np.unique(np.concatenate(flat))
         return found
 
-    def _capture(self, path: str, module: nn.Module, calls: list[Data]) -> Forward:
+    def _capture(self, module: nn.Module, calls: list[Data], children: list[Returned]) -> Forward:
         """Capture a forward once for all modules that have the same code and numbers."""
         key = _key(module, calls)
         if key not in self._captured:
             try:
-                self._captured[key] = capture(module, calls, returned(self._children.get(path, [])))
+                self._captured[key] = capture(module, calls, children)
             except Uncapturable as reason:
                 self._captured[key] = str(reason)
         found = self._captured[key]
         if isinstance(found, str):
             raise Uncapturable(found)
         return found
-
-    @cached_property
-    def _calls(self) -> dict[str, list[Data]]:
-        """What every module with literal sizes is called with, at several sizes of the inputs."""
-        paths = list(self.steps)
-        args, kwargs = self.trace.args, self.trace.kwargs
-        model, device = _meta_copy(self.model), "meta"
-        modes: tuple[AbstractContextManager[Any], ...] = (OnMeta(), nullcontext())
-        for mode in modes:
-            whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
-            if whole:
-                break
-        if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
-            return {}  # there are no values to run it on
-        if not whole:
-            model, device = self.model, "cpu"
-            whole = _runs(model, paths, mode, *_varied(args, kwargs, device, 1))
-        first = _runs(model, paths, mode, *_varied(args, kwargs, device, 2)) or whole
-        calls = {path: list(given) for path, (given, _) in first.items()}
-        self._children = {path: list(made) for path, (_, made) in first.items()}
-
-        def vary(batch: int, axes: tuple[int, ...]) -> bool:
-            found = _runs(model, paths, mode, *_varied(args, kwargs, device, batch, axes))
-            for path, (given, made) in found.items():
-                if len(given) == len(first[path][0]):
-                    calls[path] += given
-                    self._children[path] += made
-            return bool(found)
-
-        vary(3, ())
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        axes = tuple(range(1, max((x.ndim for x in tensors), default=1)))
-        if device == "meta" and not vary(2, axes):
-            for axis in axes if len(axes) > 1 else ():
-                vary(2, (axis,))
-        return calls
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    tensors = {n: torch.empty_like(t, device="meta") for n, t in named_tensors(model)}
-    return rebuild(model, tensors, {}).eval()
-
-
-def _runs(
-    model: nn.Module, paths: list[str], mode: AbstractContextManager[Any], args: Any, kwargs: Any
-) -> dict[str, tuple[list[Data], list[list[Made]]]]:
-    """Return what the modules are called with, and what their children return to them; nothing
-    where the model does not run.
-    """
-
-    def run() -> None:
-        with quiet_state(), torch.no_grad(), mode:
-            model(*args, **kwargs)
-
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        calls, made = record(model, paths, run)
-        return {path: (calls[path], made[path]) for path in paths}
-    except Exception:  # noqa: BLE001 - an input size that the model does not bear
-        return {}
-    finally:
-        for module, trains in training.items():
-            module.training = trains
-
-
-def _varied(
-    args: Any, kwargs: Any, device: str, batch: int, axes: tuple[int, ...] = ()
-) -> tuple[Any, Any]:
-    """Return the inputs with `batch` times the batch, and twice as long along `axes`; a short axis
-    is that of an image's channels, and stays.
-    """
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    size = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
-
-    def vary(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.ndim:
-            return value
-        times = [batch if value.shape[0] == size else 1]
-        times += [2 if k in axes and n > 4 else 1 for k, n in enumerate(value.shape[1:], 1)]
-        return value.to(device).repeat(times)
-
-    return pytree.tree_map(vary, (args, kwargs))
 
 
 def _key(module: nn.Module, calls: list[Data]) -> Any:

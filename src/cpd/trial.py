@@ -249,13 +249,22 @@ def _runner(groups: Groups) -> Run:
         return "fake" if any(tensor.is_meta for tensor in groups.model.parameters()) else "cpu"
 
     def run(alive: Mask) -> Failure | None:
-        if not device.cache_info().currsize:
-            error = cut(alive, "meta", expected)
-            if error is None or device() == "meta":
-                return error
-        return cut(alive, device(), expected)
+        place = device() if device.cache_info().currsize else "meta"
+        error = cut(alive, place, expected)
+        if error is not None and place != device():
+            place = device()
+            error = cut(alive, place, expected)
+        if error is None and any(t.others for t in groups.replaced.active.values()):
+            return cut(alive, _other_way(groups, place), expected)
+        return error
 
     return run
+
+
+def _other_way(groups: Groups, place: str) -> str:
+    """Return where code runs that takes another way while it is traced than it did at `place`."""
+    without_values = any(tensor.is_meta for tensor in groups.model.parameters())
+    return "fake" if place != "fake" or without_values else "cpu"
 
 
 def _outputs(groups: Groups) -> list[fx.Node]:
