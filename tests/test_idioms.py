@@ -974,6 +974,41 @@ def _() -> nn.Module:
     )
 
 
+@idiom(
+    "keys of a latent, written into a tensor made for them",
+    tokens(8),
+    "q.weight 0, down.weight 0, up.weight 0, up.weight 1, o.weight 1",
+)
+def _() -> nn.Module:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        n, t, _ = x.shape
+        q = m.q(x).view(n, t, -1, m.own + m.shared).transpose(1, 2)
+        latent, shared = m.down(x).split([m.latent, m.shared], -1)
+        kv = m.up(latent).view(n, t, -1, m.own + m.dim).transpose(1, 2)
+        own, v = kv.split([m.own, m.dim], -1)
+        k = kv.new_empty(*kv.shape[:-1], m.own + m.shared)
+        k[..., : m.own].copy_(own)
+        k[..., m.own :].copy_(shared.unsqueeze(1).expand(-1, own.shape[1], -1, -1))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return m.o(y.transpose(1, 2).reshape(n, t, -1))
+
+    parts = {"q": nn.Linear(8, 30), "down": nn.Linear(8, 11), "up": nn.Linear(7, 33)}
+    return Net(forward, **parts, o=nn.Linear(15, 8), own=6, shared=4, latent=7, dim=5)
+
+
+@idiom("channels written into zeros", image(), "a.weight 0, b.weight 0, c.weight 1")
+def _() -> nn.Module:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        a, b = m.a(x), m.b(x)
+        y = x.new_zeros(x.shape[0], m.first + m.second, *a.shape[2:])
+        y[:, : m.first] = a
+        y[:, m.first :] += b
+        return m.c(F.relu(y))
+
+    parts = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(3, 8, 1), "c": nn.Conv2d(14, 4, 1)}
+    return Net(forward, **parts, first=6, second=8)
+
+
 @idiom("fused projection", tokens(8), "qkv.weight 0, o.weight 1")
 def _() -> nn.Module:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from .aliases import base, op_name, writes
 from .calls import Uncapturable
 from .channels import Ids
 from .drop import Addition, addition, called, dropped
-from .graph import base, op_name, place_of
+from .graph import place_of
 from .labels import Layer
 from .replace import Disagreement, Replacements, Template
 from .rules import Factor
@@ -325,10 +326,8 @@ _SAME = ("dropout", "alpha_dropout", "feature_dropout", "contiguous", "to", "res
 def _check_writes(place: Place) -> None:
     """Refuse a branch that writes into what it does not hold, or into a view of it."""
     for node in (x for x in place.nodes if x.op == "call_function"):
-        schema = getattr(node.target, "_schema", None)
-        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(value, fx.Node) and _origin(value) not in place.nodes:
+        for value in writes(node):
+            if _origin(value) not in place.nodes:
                 raise Uncapturable(f"{op_name(node)} writes into what goes into it")
 
 

@@ -6,14 +6,16 @@ rescale where an attention's default scale depends on the head size).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from .aliases import Storages, base, op_name, sole_chain, views, writes
 from .channels import Channels, Ids, Place
 from .errors import TraceError
 from .labels import Labels, Layer
@@ -24,7 +26,7 @@ from .trace import Trace, location, source_line, used_tensors
 @dataclass
 class Step:
     """One node of the graph: the labels of its outputs, its literal sizes, whether it is a
-    statistic.
+    statistic. `written`: what the tensors that it writes into in place carry from then on.
     """
 
     node: fx.Node
@@ -33,6 +35,7 @@ class Step:
     sizes: list[Size] = field(default_factory=list)
     lossy: bool = False
     macs: list[tuple[int, tuple[Factor, ...]]] = field(default_factory=list)
+    written: dict[fx.Node, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Reader:
         self.env: dict[fx.Node, Any] = {}
         self.weights: set[fx.Node] = set()
         self.used = used_tensors(trace)
+        self.storages = Storages(trace.graph)
 
     def read_training(self, training: Trace) -> None:
         """Read the same network as it trains: what only training computes binds channels too."""
@@ -145,9 +149,10 @@ class Reader:
         result = self._rule(node, call)
         if isinstance(result, Labels) and isinstance(node.meta.get("val"), tuple | list):
             result = [result] * len(out)
-        self._mutated(node, call)
+        written = self._mutated(node, call, result)
+        self.env.update(written)
         sizes = call.sizes
-        self.steps.append(Step(node, result, call.args, sizes, call.lossy, call.macs))
+        self.steps.append(Step(node, result, call.args, sizes, call.lossy, call.macs, written))
         self.pins += [(node, pin) for pin in call.pins]
         self.macs += call.macs
         if any(arg in self.weights for arg in _nodes(node.args[1:3])):
@@ -190,26 +195,47 @@ class Reader:
             return results if isinstance(node.meta["val"], tuple | list) else results[0]
         return rule(call)
 
-    def _mutated(self, node: fx.Node, call: Call) -> None:
-        """A write into a view changes what other views show: nothing behind it may be cut."""
-        schema = getattr(node.target, "_schema", None)
-        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
-            if not (
-                argument.alias_info and argument.alias_info.is_write and isinstance(value, fx.Node)
-            ):
-                continue
-            whole = base(value)
-            touched = {whole, value, *_views(whole)}
-            if call.op.endswith("_") and _sole_chain(whole, value) and not _views(value):
+    def _mutated(self, node: fx.Node, call: Call, result: Any) -> dict[fx.Node, Labels]:
+        """Return what everything that shows a tensor written in place carries from then on.
+
+        A write into a slice of a tensor made on the way is a new tensor to all that reads it later.
+        Where other views show it, nothing behind it may be cut.
+        """
+        changed: dict[fx.Node, Labels] = {}
+        for value in writes(node):
+            whole, inplace = base(value), call.op.endswith("_")
+            touched = {whole, value, *views(whole)}
+            if inplace and sole_chain(whole, value) and not views(value):
                 continue
             if call.op == "zero_" and whole.op == "call_function":
                 continue  # a channel that is gone shows zeros anyway
+            whole_result = inplace and value is node.args[0] and _carry(call)
+            chain = self.storages.chain(value) if whole_result else []
+            if chain and not self.storages.seen_otherwise(node, chain):
+                changed.update(self._written(chain, result))
+                continue
             held = [self.env.get(other) for other in touched]
             for label in _flat([*held, *call.args.values()]):
                 call.freeze_all(label, "written in place through a view")
             for other in touched:
                 if isinstance(self.env.get(other), Labels):
-                    self.env[other] = Labels(self.env[other].shape)
+                    changed[other] = Labels(self.env[other].shape)
+        return changed
+
+    def _written(self, chain: list[fx.Node], part: Labels) -> dict[fx.Node, Labels]:
+        """Return what tensors carry once `part` is written into the first, a slice of the next."""
+        changed = {chain[0]: part}
+        for view, whole in itertools.pairwise(chain):
+            scatter = find(f"{op_name(view)}_scatter")
+            if scatter is not None:
+                before = self.env[whole]
+                call = self._bind(view, [before.shape])
+                args = {**call.args, "self": before, "src": part}
+                made = scatter(replace(call, op=f"{op_name(view)}_scatter", args=args))
+                assert isinstance(made, Labels)
+                part = made
+            changed[whole] = part
+        return changed
 
     def _note_activation(self, node: fx.Node, call: Call) -> None:
         """Elements per sample and output channel of the op that first uses each tensor."""
@@ -226,12 +252,6 @@ class Reader:
 def place_of(node: fx.Node) -> Place:
     """Return the call of a node: its operator, the module that makes it, the line of code."""
     return Place(op_name(node), location(node)[0], source_line(node))
-
-
-def op_name(node: fx.Node) -> str:
-    """Return the name of a node's operator, without namespace and overload."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else str(node.target)
 
 
 def _is_pointwise(target: Any) -> bool:
@@ -256,6 +276,11 @@ def _weight_groups(node: fx.Node) -> int:
             value = user.args[at] if len(user.args) > at else user.kwargs.get("groups", 1)
             return value if isinstance(value, int) else 1
     return 1
+
+
+def _carry(call: Call) -> bool:
+    """Say whether what a call is given has channels: parts of a constant that differ have none."""
+    return any(x.layers and not x.uniform for x in _flat(list(call.args.values())))
 
 
 def _shape(value: torch.Tensor) -> tuple[int, ...]:
@@ -285,34 +310,3 @@ def _nodes(args: Any) -> Iterable[fx.Node]:
         yield from _nodes(arg) if isinstance(arg, list | tuple) else ()
         if isinstance(arg, fx.Node):
             yield arg
-
-
-def _is_view(node: fx.Node) -> bool:
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-
-
-def base(node: fx.Node) -> fx.Node:
-    """Return the call that a view, or a view of a view, shows the storage of."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        if not (_is_view(node) or getattr(node.target, "__name__", "") == "getitem"):
-            break
-        node = node.args[0]
-    return node
-
-
-def _sole_chain(base: fx.Node, value: fx.Node) -> bool:
-    """Say whether nothing but `value` sees the storage of `base`."""
-    while value is not base:
-        value = value.args[0]  # type: ignore[assignment]
-        if len(value.users) > 1:
-            return False
-    return True
-
-
-def _views(node: fx.Node) -> list[fx.Node]:
-    found = []
-    for user in node.users:
-        if _is_view(user) or getattr(user.target, "__name__", "") == "getitem":
-            found += [user, *_views(user)]
-    return found

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from .aliases import op_name
 from .channels import Channels, Ids
-from .graph import Reader, Step, op_name
+from .graph import Reader, Step
 from .labels import Labels, Mask
 from .units import Family, Units
 

@@ -182,12 +182,28 @@ def alive_of(groups: Groups, plan: Plan) -> Mask:
             gone = tuple(k for k, axis in enumerate(part.axes) if axis not in layer.axes)
             classes = groups.units.label[layer.ids]
             alive[np.setdiff1d(classes, classes[part.mask.any(axis=gone)])] = False
+    _count_unseen(groups, alive)
     whole = {branch.number for branch in groups.branches}
     for _ in range(4):
         for block, items in groups.units.below.items():
             if block not in whole and len(items) and not alive[items].any():
                 alive[block] = False
     return alive
+
+
+def _count_unseen(groups: Groups, alive: Mask) -> None:
+    """Remove of rows that no tensor has (of what a forward makes, only the size counts) as many as
+    of the live rows in step with them, no matter which.
+    """
+    units = groups.units
+    seen = np.zeros(units.count, bool)
+    for layer in (x for labels in groups.labels.values() for x in labels.layers):
+        seen[units.label[layer.ids]] = True
+    seen[list(units.below)] = True  # blocks go with what is in them
+    for clusters in (family.clusters for family in units.families):
+        gone = [int((~alive[cluster]).sum()) for cluster in clusters if seen[cluster].any()]
+        for cluster in (x for x in clusters if gone and not seen[x].any()):
+            alive[cluster[: min(gone)]] = False
 
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from .aliases import is_view, writes
 from .graph import Step
 from .groups import Groups
 from .labels import Labels, Mask, alive_mask, axis_size, new_shape
@@ -91,21 +92,29 @@ class Reference(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a statistic runs on what is alive."""
         step = self.steps.get(n)
+        if step is not None:
+            self.labels[n] = step.out
         lossy = step is not None and step.lossy and n not in self.whole
         value = self._statistic(n) if lossy else self._plain(n)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and n not in self.whole:
             value = self._defined(n, value)
         if self.watch is not None:
             self.watch(n, value)
+        if step is not None:
+            self.labels.update(step.written)
         return value
 
     def _defined(self, n: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """Where a dead channel is not finite (0 / 0 after a statistic), it is zero."""
-        labels = self.labels.get(n)
+        """Where a dead channel is not finite (0 / 0 after a statistic), it is zero.
+
+        A view shows what was made elsewhere, and stays one: it may be written through.
+        """
+        labels = None if is_view(n) else self.labels.get(n)
         if not isinstance(labels, Labels) or not labels.layers or bool(value.isfinite().all()):
             return value
         dead = ~self._mask(labels, value.shape).to(value.device)
-        return torch.where(dead & ~value.isfinite(), 0.0, value)
+        wrong = dead & ~value.isfinite()
+        return value.masked_fill_(wrong, 0.0) if writes(n) else value.masked_fill(wrong, 0.0)
 
     def _plain(self, n: fx.Node) -> Any:
         if "_assert" in str(n.target):

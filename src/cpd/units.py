@@ -204,8 +204,7 @@ class _Solver:
     def _substitute(self, bound: _Bound, smallest: dict[int, tuple[int, Ids]]) -> bool:
         if bound.columns is not None:
             return False
-        rows = []
-        link: dict[bytes, Ids] = {}
+        rows, parts_of = [], []
         for row in bound.items:
             items = np.unique(row)
             if not all(item in smallest for item in items.tolist()):
@@ -213,15 +212,14 @@ class _Solver:
             parts = {smallest[item][1].tobytes(): smallest[item] for item in items.tolist()}
             if len(parts) == 1 or sum(len(p) for _, p in parts.values()) != len(items):
                 return False
-            link.update({key: part for key, (_, part) in parts.items()})
             order = dict.fromkeys(smallest[item][1].tobytes() for item in row.tolist())
             rows.append([parts[key][0] for key in order])
+            parts_of.append([parts[key][1] for key in order])
         if len({len(row) for row in rows}) > 1:
             return False
         bound.items = np.array(rows, dtype=np.int64)
-        self.links.append(
-            list(link.values())
-        )  # the parts must keep one number, or the rows would differ
+        # the parts in one place of each row must keep one number, or the rows would differ
+        self.links += [list(parts) for parts in zip(*parts_of, strict=True)]
         return True
 
     def _find_conflicts(self) -> None:
@@ -377,18 +375,17 @@ class _Solver:
         """Whole rows as units: heads, conv groups. Those that are items of a larger fold are there
         already.
         """
-        families = []
-        seen: set[bytes] = set()
+        families: dict[bytes, Family] = {}
         for bound in self.bounds:
             blocks = np.array([b for b in np.unique(bound.rows).tolist() if b not in bound_items])
             free = blocks[self.frozen[blocks] < 0] if len(blocks) else blocks
-            if len(blocks) > 1 and len(free) and blocks.tobytes() not in seen:
-                seen.add(blocks.tobytes())
+            other = families.get(free.tobytes())  # the same rows, beside others that stay
+            if len(blocks) > 1 and len(free) and (other is None or len(blocks) < other.width):
                 kind = KINDS.get(_kind(bound.place.op), ("heads", "head dims"))[0]
                 if np.isin(blocks, bound.items).all():
                     kind = "channels"  # the rows are one channel each
-                families.append(Family(kind, (free,), len(blocks)))
-        return families
+                families[free.tobytes()] = Family(kind, (free,), len(blocks))
+        return list(families.values())
 
 
 def _kind(op: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import op_name
+from .aliases import op_name
 from .trace import Trace, location
 
 # f(0) = 0, elementwise or as a move, a mean or a pool; the first argument decides.

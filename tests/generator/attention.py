@@ -334,3 +334,55 @@ def pooling_attention(shape: Shape, o: Any) -> Made:
         return m.proj(y.transpose(1, 2).flatten(2))
 
     return Then(run, heads=o.heads, **parts), Shape("tokens", o.width, (o.queries,))
+
+
+@idiom(
+    "tokens",
+    heads=(2, 3),
+    plain=(2, 3, 4),
+    turned=(2, 4),
+    values=(2, 3, 5),
+    latent=(3, 4, 6),
+    how=("cat", "written", "zeros", "other order", "whole"),
+    position=("none", "half", "interleaved"),
+)
+def latent_attention(shape: Shape, o: Any) -> Made:
+    """Keys are made of a latent, for each head, and of one part with positions that all heads share
+    (DeepSeek); they are joined, or written into a tensor made for them.
+    """
+    parts = {
+        "q": nn.Linear(shape.channels, o.heads * (o.plain + o.turned)),
+        "down": nn.Linear(shape.channels, o.latent + o.turned),
+        "up": nn.Linear(o.latent, o.heads * (o.plain + o.values), bias=False),
+        "proj": nn.Linear(o.heads * o.values, shape.channels),
+        "positions": Positions(o.position, o.heads, o.turned, shape.places),
+    }
+
+    def joined(m: Any, k: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        shared = shared.expand(-1, k.shape[1], -1, -1)
+        if o.how == "cat":
+            return torch.cat([k, shared], -1)
+        kind = k.new_zeros if o.how == "zeros" else k.new_empty
+        y = kind(*k.shape[:-1], m.plain + m.turned)
+        if o.how == "whole":
+            y[:] = torch.cat([k, shared], -1)
+        if o.how == "other order":
+            y[..., m.plain :].copy_(shared)
+        y[..., : m.plain] = k
+        if o.how in ("zeros", "written"):
+            y[..., m.plain :].copy_(shared)
+        return y
+
+    def run(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q = m.q(x).unflatten(-1, (-1, m.plain + m.turned)).transpose(1, 2)
+        q, q_turned = q.split([m.plain, m.turned], -1)
+        latent, shared = m.down(x).split([m.latent, m.turned], -1)
+        kv = m.up(latent).unflatten(-1, (-1, m.plain + m.values)).transpose(1, 2)
+        k, v = kv.split([m.plain, m.values], -1)
+        q = torch.cat([q, m.positions.turned(q_turned)], -1)
+        k = joined(m, k, m.positions.turned(shared.unsqueeze(1)))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return x + m.proj(y.transpose(1, 2).flatten(2))
+
+    sizes = {name: getattr(o, name) for name in ("plain", "turned", "values", "latent")}
+    return Then(run, **sizes, **parts), shape

@@ -113,6 +113,75 @@ def inplace_channels(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def written(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A concatenation along the last axis, as keys are made: one part may be the same in each row."""
+    z = x.new_empty(*x.shape[:-1], x.shape[-1] + y.shape[-1])
+    z[..., : x.shape[-1]].copy_(x)
+    z[..., x.shape[-1] :] = y
+    return z
+
+
+def written_between(x: torch.Tensor) -> torch.Tensor:
+    y = x.new_zeros(BATCH, 9, 4, 5)
+    y[:, 2:8] = x
+    return y * 0.7 + 1.1
+
+
+def written_in_part(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x.clone()
+    z[:, 1:4][:, :, :2] += y
+    return z
+
+
+def written_rows(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x.new_empty(BATCH, 2, 5, 6)
+    z[:, 0] = x
+    z[:, 1].copy_(y)
+    return z
+
+
+def written_every_second(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = torch.zeros_like(x)
+    z[:, :, ::2] = y
+    return z + x
+
+
+def written_then_filled(x: torch.Tensor) -> torch.Tensor:
+    y = x.new_zeros(BATCH, 6, 7, 5)
+    y[:, :, 1:5] = x
+    y[:, :, 5:] = 1.5
+    return y
+
+
+def read_before(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What is computed before a write does not see it."""
+    z = x * 1.5
+    before = z[:, 0:3] + 1.0
+    z[:, 0:3] = y
+    return torch.cat([before, z], 1)
+
+
+def seen_by_a_view(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 1.5
+    half = z[:, 2:]
+    z[:, 0:3] = y
+    return z.sum() + half * 2.0
+
+
+def seen_by_a_transpose(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 1.5
+    z.transpose(1, 2)[:, :, 0:3] = y.transpose(1, 2)
+    return z
+
+
+def seen_by_a_dropout(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """In evaluation, dropout returns what it is given."""
+    z = x * 1.5
+    same = F.dropout(z, 0.5, training=False)
+    z[:, 0:3] = y
+    return same * 2.0 + z
+
+
 def inplace_add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     z = x * 1.5
     z.add_(y)
@@ -213,8 +282,20 @@ CASES = [
     case("relu_", lambda x: F.relu_(x * 2.0) * x, IMAGE),
     case("add_", inplace_add, IMAGE, IMAGE),
     case("mul_ then view", lambda x: (x * 2.0).mul_(3.0).flatten(1), IMAGE),
-    case("copy_ into space", inplace_slice, IMAGE, free=False),
-    case("copy_ into channels", inplace_channels, IMAGE, free=False),
+    case("copy_ into space", inplace_slice, IMAGE),
+    case("copy_ into channels", inplace_channels, IMAGE),
+    case("written channels", written, TOKENS, X(5, -4)),
+    case("written heads", lambda x, y: written(x.unflatten(-1, (3, 4)).transpose(1, 2), y.expand(-1, 3, -1, -1)).transpose(1, 2).flatten(2), X(5, -12), X(1, 5, -2)),
+    case("written between zeros", written_between, IMAGE),
+    case("written in part", written_in_part, IMAGE, X(-3, 2, 5)),
+    case("written rows", written_rows, TOKENS, TOKENS),
+    case("written every second", written_every_second, IMAGE, X(-6, 2, 5)),
+    case("written every second channel", lambda x, y: written_every_second(x.movedim(1, 2), y.movedim(1, 2)), IMAGE, X(-3, 4, 5), free=False),
+    case("written then filled", written_then_filled, IMAGE),
+    case("read before it is written", read_before, IMAGE, X(-3, 4, 5)),
+    case("seen by a view", seen_by_a_view, IMAGE, X(-3, 4, 5), free=False),
+    case("seen by a transpose", seen_by_a_transpose, IMAGE, X(-3, 4, 5), free=False),
+    case("seen by a dropout", seen_by_a_dropout, IMAGE, X(-3, 4, 5), free=False),
     case("fill_", lambda x: (x * 1.0).fill_(2.0) * x, IMAGE),
     case("zero_", lambda x: (x * 1.0).zero_() + x, IMAGE),
     case("zero_ in space", lambda x: inplace_zeros(x, slice(None), slice(None), slice(1, 3)), IMAGE),
@@ -231,6 +312,7 @@ CASES = [
     case("full", lambda x: torch.full((6, 1, 1), 2.0, dtype=torch.float64) * x, IMAGE),
     case("ones", lambda x: x + torch.ones(6, 1, 1, dtype=torch.float64), IMAGE),
     case("ones alone", lambda x: torch.cat([torch.ones(BATCH, 2, 3, dtype=torch.float64), x], 1), X(-4, 3)),
+    case("ones in rows", lambda x: (x.unflatten(2, (3, 4)) + torch.ones(4, dtype=torch.float64)).flatten(2), X(5, -12)),
     case("new_full", lambda x: x + x.new_full((4, 5), 0.5), IMAGE),
     case("new_zeros", lambda x: x + x.new_zeros(5), IMAGE),
     case("scalar_tensor", lambda x: x * torch.scalar_tensor(2.0, dtype=torch.float64), IMAGE),
@@ -282,6 +364,8 @@ CASES = [
     case("cat rows read alike", lambda x, y: torch.cat([x.unflatten(1, (3, 2)), y.unflatten(1, (3, 2))], 2), X(-6), X(-6), free=False),
     case("cat heads", lambda x, y: torch.cat([x, y], 1), HEADS, X(-2, 5, -4)),
     case("cat dims", lambda x, y: torch.cat([x, y], 3), HEADS, X(-3, 5, -2)),
+    case("cat dims of rows", lambda x, y: torch.cat([x.unflatten(1, (3, 2)), y], 2).flatten(1), X(-6), X(-3, -2)),
+    case("cat dims of rows fixed", lambda x, y: torch.cat([x.unflatten(1, (3, 2)), y], 2).flatten(1), X(-6), X(3, -2)),
     case("cat negated half", lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1), HEADS),
     case("cat tokens fixed", lambda x, y: torch.cat([x, y], 1), TOKENS, X(1, 6), free=False),
     case("concat", lambda x, y: torch.ops.aten.concat.default([x, y], 1), IMAGE, IMAGE),
@@ -306,8 +390,23 @@ CASES = [
     case("slice step heads", lambda x: x[:, ::2], HEADS),
     case("slice space", lambda x: x[:, :, ::2], IMAGE),
     case("slice heads", lambda x: x[:, 1:], HEADS),
+    case("slice of rows", lambda x: (x.unflatten(2, (3, 4))[..., :2] * 1.5).flatten(2), X(5, -12)),
+    case("slice of rows, one", lambda x: (x.unflatten(2, (3, 4))[..., :1] * 1.5).flatten(2), X(5, -12)),
+    case("split of rows", lambda x: [y.flatten(2) for y in x.unflatten(2, (3, 6)).split([2, 4], 3)], X(5, -18)),
+    case("split of rows, one", lambda x: [y.flatten(2) for y in x.unflatten(2, (3, 4)).split([1, 3], 3)], X(5, -12)),
     case("slice both", lambda x: x[:, :4] * x[:, 2:], IMAGE),
     case("narrow", lambda x: x.narrow(1, 2, 3), IMAGE),
+    case("slice_scatter", lambda x, y: torch.slice_scatter(x, y, 1, 2, 4), IMAGE, X(-2, 4, 5)),
+    case("slice_scatter all", lambda x, y: torch.slice_scatter(x, y, 1), IMAGE, IMAGE),
+    case("slice_scatter space", lambda x, y: torch.slice_scatter(x, y, 2, 1, 3), IMAGE, X(-6, 2, 5)),
+    case("slice_scatter heads", lambda x, y: torch.slice_scatter(x.unflatten(2, (3, 4)), y, 3, 2).flatten(2), X(5, -12), X(5, -3, -2)),
+    case("slice_scatter zeros", lambda x: torch.slice_scatter(x.new_zeros(BATCH, 8, 4, 5), x, 1, 1, 7), IMAGE),
+    case("slice_scatter step", lambda x, y: torch.slice_scatter(x, y, 1, 0, 6, 2), IMAGE, X(-3, 4, 5), free=False),
+    case("slice_scatter space step", lambda x, y: torch.slice_scatter(x, y, 2, 0, 4, 2), IMAGE, X(-6, 2, 5)),
+    case("slice_scatter fixed", lambda x, y: torch.slice_scatter(x, y, 1, 2, 4), IMAGE, X(2, 4, 5)),
+    case("select_scatter", lambda x, y: torch.select_scatter(x, y, 2, 1), IMAGE, X(-6, 5)),
+    case("select_scatter channels", lambda x, y: torch.select_scatter(x, y, 1, 1), IMAGE, X(4, 5), free=False),
+    case("select_scatter heads", lambda x, y: torch.select_scatter(x, y, 1, 1), X(3, 5, -4), X(5, -4)),
     case("select", lambda x: x[:, 2], IMAGE, free=False),
     case("select space", lambda x: x[:, :, 0], IMAGE),
     case("select last space", lambda x: x[..., -1], IMAGE),
@@ -626,7 +725,7 @@ UNREACHED = {
     "softmin": "exported as a softmax of the negative",
     "lift_fresh": "exported as lift_fresh_copy",
     "pointwise": "the name of the rule itself; operators are found by their tag",
-    **dict.fromkeys(("empty", "empty_like", "new_empty"), "values are whatever was there"),
+    **dict.fromkeys(("empty", "empty_like"), "values are whatever was there"),
     **dict.fromkeys(
         ("bernoulli", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"),
         "other values in every run",

@@ -52,7 +52,10 @@ def _output(groups: Groups, path: str) -> Labels:
             f"the module {path!r} gives {len(given)} tensors to the rest of the network, one is "
             "needed; name a module inside it."
         )
-    return given[0].out
+    shown = given[0].out
+    for step in groups.steps:  # what is written into it in place is seen outside
+        shown = step.written.get(given[0].node, shown)
+    return shown
 
 
 def _within(node: Any, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Parts: joining tensors along an axis, and taking parts of one."""
+"""Parts: joining tensors along an axis, taking parts of one, and writing into them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,41 @@ from .base import Call, Zero, align, positive, rule
 def cat(call: Call) -> Labels:
     """Ids of the parts one after the other; all other axes unite."""
     tensors = [x for x in call.args["tensors"] if 0 not in x.shape] or call.args["tensors"]
-    rank = len(call.shape)
-    axis = positive(call.args.get("dim", 0), rank)
-    names = [f"d{k}" for k in range(rank)]
+    return _concatenated(call, tensors, positive(call.args.get("dim", 0), len(call.shape)))
+
+
+def _concatenated(call: Call, tensors: Sequence[Labels], axis: int) -> Labels:
+    names = [f"d{k}" for k in range(len(call.shape))]
     operands = []
     for number, x in enumerate(tensors):
         own = [name if k != axis else f"part{number}" for k, name in enumerate(names)]
-        operands.append((_without(x, axis), own))
+        operands.append((_beside(call, x, axis), own))
     rest = align(call, operands, names, call.shape, zero=_all_zero(len(tensors)))
     if not any(x.carries(axis) for x in tensors):
         return rest
     coupled = any(len(e.axes) > 1 and axis in e.axes for x in tensors for e in x.layers)
     joined = _joined_rows(call, tensors, axis) if coupled else _joined(call, tensors, axis)
-    return rest if joined is None else replace(rest, layers=(*rest.layers, joined))
+    if joined is None:
+        return rest
+    kept = tuple(e for e in rest.layers if e.axes != joined.axes[:-1])  # its rows say it
+    return replace(rest, layers=(*kept, joined))
 
 
 def _all_zero(count: int) -> Zero:
     return lambda flags: len(flags) == count and all(flags.values())
 
 
-def _without(labels: Labels, axis: int) -> Labels:
-    """Forget the layers that one axis takes part in: `cat` joins them itself."""
-    return replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes))
+def _beside(call: Call, labels: Labels, axis: int) -> Labels:
+    """Forget the layers that one axis takes part in, which are joined apart, but for their rows."""
+    layers = [e for e in labels.layers if axis not in e.axes]
+    for layer in (e for e in labels.layers if e.owner == axis and len(e.axes) > 1):
+        rows = labels.at_layer(layer, layer.axes[-2], call.channels)
+        if rows is not None and labels.owned(rows.owner) is None:
+            layers.append(rows)
+    return replace(labels, layers=tuple(layers))
 
 
-def _joined(call: Call, tensors: list[Labels], axis: int) -> Layer:
+def _joined(call: Call, tensors: Sequence[Labels], axis: int) -> Layer:
     found = [x.owned(axis) for x in tensors]
     ids = []
     for x, layer in zip(tensors, found, strict=True):
@@ -53,7 +63,7 @@ def _joined(call: Call, tensors: list[Labels], axis: int) -> Layer:
     return Layer((axis,), np.concatenate(ids), zero)
 
 
-def _joined_rows(call: Call, tensors: list[Labels], axis: int) -> Layer | None:
+def _joined_rows(call: Call, tensors: Sequence[Labels], axis: int) -> Layer | None:
     """Concatenate coupled axes: whole rows stay together, and each is a row of the parts' rows.
 
     A part without rows of its own is the same in every row.
@@ -159,13 +169,18 @@ def _bound(call: Call, arg: str, bound: int, x: Labels, axis: int) -> None:
 
 
 def _keep_one(call: Call, x: Labels, axis: int, runs: Sequence[tuple[int, int]]) -> None:
-    """Parts addressed one by one can shrink but never vanish."""
+    """Parts addressed one by one can shrink but never vanish; those of a row vanish with it."""
     layer = x.at(axis, call.channels)
     if layer is None:
         return
-    for start, stop in runs:
-        if stop > start:
-            call.channels.keep_one(layer.ids[..., start:stop])
+    parts = [layer.ids[..., start:stop] for start, stop in runs if stop > start]
+    if layer.ids.ndim > 1 and any(part.shape[-1] == 1 for part in parts):
+        call.channels.freeze_inner(layer.ids, "rows are addressed one by one")
+        return
+    for part in parts:
+        call.channels.keep_one(part)
+        if layer.ids.ndim > 1:
+            call.channels.unite(call.channels.rows(part), call.channels.rows(layer.ids))
 
 
 @rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
@@ -241,3 +256,60 @@ def glu(call: Call) -> Labels:
     names = [f"d{k}" for k in range(len(x.shape))]
     operands = [(part, names) for part in parts]
     return align(call, operands, names, call.shape, zero=lambda flags: flags.get(0, False))
+
+
+@rule("slice_scatter")
+def slice_scatter(call: Call) -> Labels:
+    """x with other values in a run of one axis: their channels there, those of x elsewhere; all
+    other axes unite.
+    """
+    x, part = call.args["self"], call.args["src"]
+    axis = positive(call.args.get("dim", 0), len(x.shape))
+    size = x.shape[axis]
+    given = (call.args.get("start"), call.args.get("end"), call.args.get("step", 1))
+    start, stop, step = slice(*given).indices(size)
+    if step != 1:
+        return _scattered(call, x, part, axis)
+    if stop - start < size:
+        _keep_one(call, x, axis, [(0, start), (start, stop), (stop, size)])
+        _bound(call, "start", start, x, axis)
+    if stop < size:
+        _bound(call, "end", stop, x, axis)
+    return _overwritten(call, x, part, axis, start)
+
+
+@rule("select_scatter")
+def select_scatter(call: Call) -> Labels:
+    """x with other values at one index of an axis, which is addressed by itself."""
+    x, part = call.args["self"], call.args["src"]
+    axis = positive(call.args["dim"], len(x.shape))
+    layer = x.at(axis, call.channels)
+    if layer is not None:
+        call.channels.freeze_inner(layer.ids, "rows are addressed one by one")
+    row = reshape(part, (*x.shape[:axis], 1, *x.shape[axis + 1 :]), call.channels)
+    return _overwritten(call, x, row, axis, call.args["index"] % x.shape[axis])
+
+
+def _overwritten(call: Call, x: Labels, part: Labels, axis: int, start: int) -> Labels:
+    """Concatenate what is left of x before and after a part, which is as wide as what it covers."""
+    stop, size = start + part.shape[axis], x.shape[axis]
+    names = [f"d{k}" for k in range(len(x.shape))]
+    covered = _slice(call, x, axis, start, stop)
+    operands = [(covered, names), (part, names)]
+    part = align(call, operands, names, part.shape, zero=lambda flags: flags.get(1, False))
+    parts = (_slice(call, x, axis, 0, start), part, _slice(call, x, axis, stop, size))
+    return _concatenated(call, [p for p in parts if p.shape[axis]], axis)
+
+
+def _scattered(call: Call, x: Labels, part: Labels, axis: int) -> Labels:
+    """Write to every n-th index: that axis is fixed, all others unite."""
+    for labels in (x, part):
+        for layer in (e for e in labels.layers if axis in e.axes):
+            call.freeze(layer.ids, "every n-th channel is written")
+    names = [f"d{k}" for k in range(len(x.shape))]
+    own = [name if k != axis else "part" for k, name in enumerate(names)]
+    left, right = (
+        replace(labels, layers=tuple(e for e in labels.layers if axis not in e.axes))
+        for labels in (x, part)
+    )
+    return align(call, [(left, names), (right, own)], names, call.shape, zero=_all_zero(2))
