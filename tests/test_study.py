@@ -361,6 +361,18 @@ def test_the_unpruned_network_counts_once_for_each_seed(tmp_path: Path) -> None:
     assert knee([(0, 1.0), (0.5, 1.0), (1, 1.0)]) is None
 
 
+def test_points_are_as_far_from_the_unpruned_network_as_from_their_own(tmp_path: Path) -> None:
+    study = grid(tmp_path)
+    found = records(study, [outcome(study, 0, 0.5, 400), outcome(study, 3, 0.5, 800)])
+    for record, before in zip(found, (0.6, 0.8), strict=True):
+        record["before"]["metrics"]["miou"] = before
+    line = curves(found, None, "miou", "seed")["miou"]
+    assert [round(y, 6) for _, y, _ in line] == [0.7, 0.4, 0.6]
+    del found[0]["before"]["metrics"]["miou"]
+    line = curves(found, None, "miou", "seed")["miou"]
+    assert [round(y, 6) for _, y, _ in line] == [0.8, 0.5, 0.5], "what it was before is not known"
+
+
 def test_best_classes_by_hand(tmp_path: Path) -> None:
     study = grid(tmp_path)
     classes = {"iou_0": 0.1, "iou_1": 0.5, "iou_2": float("nan")}

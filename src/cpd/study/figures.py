@@ -16,6 +16,7 @@ __all__ = ["bars", "curves", "drawn", "knee"]
 
 Record = Mapping[str, Any]
 Curve = list[tuple[float, float, float]]  # removed, mean, deviation
+Point = tuple[float, float, float | None]  # removed, metric, its change where that is known
 _COSTS = {"macs": "MACs", "params": "parameters"}
 
 
@@ -55,9 +56,11 @@ def curves(
     """Line → points in order of the share removed of a ``cost``, each a mean over the levels of
     ``over``.
 
-    The first point is the unpruned network, with nothing removed.
+    The first point is the unpruned network, with nothing removed. The others lie as far from it as
+    their runs, on average, from the networks that these began with: not all points need have the
+    same ones (levels that have not run yet, networks trained on another machine).
     """
-    found: dict[str, dict[tuple[str, ...], list[tuple[float, float]]]] = {}
+    found: dict[str, dict[tuple[str, ...], list[Point]]] = {}
     whole: set[tuple[str, str | None, float]] = set()
     for record in records:
         named = record["place"]
@@ -68,18 +71,24 @@ def curves(
         same = (named[series] if series else metric, named.get(over or ""), before)
         if before is not None and same not in whole:  # runs of one network count it once
             whole.add(same)
-            places.setdefault((), []).append((0.0, before))
+            places.setdefault((), []).append((0.0, before, 0.0))
         if after is not None:
-            places.setdefault(place, []).append((removed, after))
+            change = None if before is None else after - before
+            places.setdefault(place, []).append((removed, after, change))
     return {name: _means(places) for name, places in found.items()}
 
 
-def _means(places: Mapping[tuple[str, ...], Sequence[tuple[float, float]]]) -> Curve:
+def _means(places: Mapping[tuple[str, ...], Sequence[Point]]) -> Curve:
     points = []
+    unpruned = [score for _, score, _ in places.get((), ())]
     for values in places.values():
-        removed, scores = zip(*values, strict=True)
+        removed, scores, changes = zip(*values, strict=True)
+        known = [change for change in changes if change is not None]
+        paired = unpruned and len(known) == len(changes)
+        level = statistics.fmean(unpruned) + statistics.fmean(known) if paired else None
         spread = statistics.stdev(scores) if len(set(scores)) > 1 else 0.0
-        points.append((statistics.fmean(removed), statistics.fmean(scores), spread))
+        mean = statistics.fmean(scores) if level is None else level
+        points.append((statistics.fmean(removed), mean, spread))
     return sorted(points)
 
 
