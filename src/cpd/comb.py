@@ -201,13 +201,16 @@ def _balance_shared(model: nn.Module, reader: Reader) -> None:
 def _freeze_unheld(model: nn.Module, reader: Reader, replaced: Replacements) -> None:
     """Keep what moves the bound of a slice that neither an attribute nor a replaced forward holds.
 
-    A half may be computed.
+    A half may be computed: where it is not, what reads it meets another shape. What is written
+    through a slice meets none, so there it counts as well.
     """
+    written = {node for step in reader.steps for node in step.written}
     held = {id(size) for site in find_sites(model, _uses(reader)) for size in site.sizes}
     for step in reader.steps:
         for size in step.sizes:
             whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
-            if not whole or id(size) in held or 2 * size.old == whole:
+            half = 2 * size.old == whole and step.node not in written
+            if not whole or id(size) in held or half:
                 continue
             path, why = location(step.node)[0], "no attribute holds the bound of a slice"
             if path in replaced.active or replaced.enable([path], why):

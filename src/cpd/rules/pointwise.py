@@ -103,6 +103,9 @@ def _zero_probe(call: Call, tensors: list[str], undefined: list[dict[int, bool]]
 
 
 def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: float) -> bool | None:
+    tags = call.target.tags
+    if torch.Tag.nondeterministic_seeded in tags and torch.Tag.pointwise not in tags:
+        return False  # what it draws now says nothing
     args = dict(call.args)
     if "device" in args:
         args["device"] = torch.device("cpu")  # the model's may be the one without values
@@ -113,7 +116,8 @@ def _is_zero(call: Call, tensors: list[str], zeros: tuple[bool, ...], value: flo
     plain = [args[n] for n in names if n in args and not positional[n].kwarg_only]
     keyword = {n: args[n] for n in names if n in args and positional[n].kwarg_only}
     try:
-        result = call.target(*plain, **keyword)
+        with torch.random.fork_rng(devices=[]):  # it may be one that draws
+            result = call.target(*plain, **keyword)
     except (RuntimeError, TypeError, IndexError, ValueError):
         return False  # the op cannot be probed on one number: claim nothing
     if not isinstance(result, torch.Tensor):
