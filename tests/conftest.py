@@ -23,6 +23,17 @@ settings.register_profile("house", derandomize=True, deadline=None)
 settings.load_profile("house")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws while it is imported does not depend on the modules before it."""
+    _seeded()
+
+
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test read the global generator
+    torch.manual_seed(0)
+
+
 def switches() -> dict[str, object]:
     """What PyTorch keeps for the whole process: left changed, it decides the next test."""
     cuda = torch.backends.cuda
@@ -41,9 +52,7 @@ def switches() -> dict[str, object]:
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """Start every test from the same seeds, and let none change what the next one stands on."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries under test read the global generator
-    torch.manual_seed(0)
+    _seeded()
     before = switches()
     yield
     assert switches() == before
