@@ -17,6 +17,7 @@ from torch import nn
 
 import cpd
 from cpd.errors import InputError, TraceError, UnknownName
+from cpd.rules import pointwise
 from laws import prove, randomised
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -634,3 +635,21 @@ def test_widths_that_no_multiple_divides_stay() -> None:
     groups = cpd.comb(Experts(10, 6).bfloat16(), torch.randn(8, 6).bfloat16())
     assert [group.name for group in groups] == ["up"]
     assert "grouped products take multiples of 8" in str(groups)
+
+
+def test_operators_that_draw_are_tried_without_a_draw(monkeypatch):
+    """The random state stays, whatever the rule of an operator had to try for the first time."""
+    monkeypatch.setattr(pointwise, "_PROBED", {})
+
+    def forward(m, x):
+        x = F.rrelu(m.first(x), training=m.training)
+        if not m.training:
+            return m.last(x)
+        x = x * x.new_empty(x.shape[0], 1).bernoulli_(0.5)
+        return m.last(x), m.aux(x)
+
+    model = Net(forward, first=nn.Linear(4, 4), last=nn.Linear(4, 2), aux=nn.Linear(4, 2)).eval()
+    before = torch.get_rng_state()
+    groups = cpd.comb(model, torch.zeros(2, 4))
+    assert [group.name for group in groups] == ["first"]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -208,9 +208,13 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_optimizers(form):
-    masked, *_ = pruned(make=FORMS[form])
-    cut, *_ = pruned(cut_every=2, make=FORMS[form])
+    masked, one, *_ = pruned(make=FORMS[form])
+    cut, two, optimizer, _ = pruned(cut_every=2, make=FORMS[form])
+    assert one.plan.to_json() == two.plan.to_json()
     near(masked, cut)
+    shapes = {tuple(p.shape) for p in two.model.parameters()}
+    states = [s for state in optimizer.state.values() for s in state.values()]
+    assert {tuple(s.shape) for s in states if isinstance(s, torch.Tensor) and s.ndim} <= shapes
 
 
 def test_factored_state_is_cut_along():
@@ -244,7 +248,7 @@ def test_momentum_of_matrices_is_cut_along():
 
 
 def test_two_optimizers_are_cut_along_as_one():
-    one, *_ = pruned(cut_every=2)
+    one, alone, *_ = pruned(cut_every=2)
     model = network()
     weights = [p for p in model.parameters() if p.ndim > 1]
     pair = sgd(weights), sgd([p for p in model.parameters() if p.ndim < 2])
@@ -259,7 +263,11 @@ def test_two_optimizers_are_cut_along_as_one():
                 each.step()
             pruner.advance(*pair)
             model.zero_grad()
+    assert pruner.plan.to_json() == alone.plan.to_json()
     near(one, pruner.finish(), 1e-12)
+    for each in pair:
+        assert each.state
+        assert all(s["momentum_buffer"].shape == p.shape for p, s in each.state.items())
 
 
 def test_an_optimizer_that_is_not_cut_along_is_noticed():

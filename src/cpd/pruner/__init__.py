@@ -257,7 +257,7 @@ class Pruner:
         assert self.shrinking is not None
         assert self.plan is not None
         self.rounds.close()
-        if not self.shrinking.by:
+        if self.shrinking.by is None:
             untold(optimizers, self.model)
         self.shrinking.cut(self.plan, optimizers, self.copies)
         self.masks = [Masks(each) for each in (self.model, *self.copies)]
