@@ -62,9 +62,8 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
             listed = [place for place in found if place[1] == size.index]
             found = listed or [place for place in found if place[1] is None]
         if isinstance(module, nn.MultiheadAttention):
-            rows = size.labels.owned(size.axis)
-            if rows is not None and rows.ids.ndim > 1:
-                return []  # head dims, which it computes; there may be as many as heads
+            if size.axis == len(size.labels.shape) - 1:
+                return []  # its head dims, which it computes; there may be as many as heads
             found = [place for place in found if place[0] == "num_heads"]
             return [(path, *place) for place in found]
         if found or not path:
