@@ -25,6 +25,7 @@ from cpd import losses as loss_shelf
 from cpd.distill import Callback, TrainOptions, coerce, distill, read, write
 from cpd.distill.batches import Batches, parts, unpack
 from cpd.distill.optim import Schedule, build_optimizer, optimizers, schedules
+from cpd.distill.seeds import seed_all
 from cpd.distill.spread import Sharded
 
 HERE = Path(__file__).parent
@@ -88,6 +89,17 @@ def test_leaves_everything_given_as_it_was():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert random.getstate() == states[2]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="its generators are seeded too")
+def test_seeding_costs_nothing_where_there_is_no_accelerator(monkeypatch):
+    torch.manual_seed(2**62 + 1)
+    wanted = torch.rand(3), torch.initial_seed()
+    with monkeypatch.context() as patched:  # what PyTorch would keep for a device to come
+        patched.setattr("traceback.format_stack", lambda *_, **__: pytest.fail("a stack"))
+        seed_all(2**62 + 1)
+    assert torch.equal(torch.rand(3), wanted[0])
+    assert torch.initial_seed() == wanted[1]
 
 
 def test_same_seed_same_weights():
@@ -184,6 +196,45 @@ def test_losses_are_computed_in_float32_beside_autocast(at, monkeypatch):
     distill(network(), teacher=network(seed=2), data=Blobs(), losses=losses, options=given)
     assert len(seen) > 2
     assert set(seen) == {(torch.float32,) * 3}
+
+
+class Pictures(nn.Module):
+    """A convolution over (N, 3, 2, 1) that notes how its images lie in memory."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(3, 8, 2, padding=1, dtype=torch.float64)
+        self.head = nn.Linear(8, 4, dtype=torch.float64)
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        other = Pictures()
+        other.load_state_dict(self.state_dict())
+        other.seen = self.seen  # of all copies together
+        return other
+
+    def forward(self, x):
+        self.seen.append((self.training, x.stride(1) == 1))
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def test_channels_last_is_another_layout_and_not_another_function():
+    flat, runs = Blobs(torch.float64), []
+    shaped = [
+        TensorDataset(d.tensors[0].unflatten(1, (3, 2, 1)), d.tensors[1])
+        for d in (flat.train, flat.val)
+    ]
+    data = types.SimpleNamespace(train=shaped[0], val=shaped[1], test=shaped[1])
+    for last in (False, True):
+        student = Pictures()
+        given = options(channels_last=last)
+        runs.append(distill(student, teacher=Pictures(), data=data, options=given))
+        assert {training for training, _ in student.seen} == {True, False}
+        assert {layout for _, layout in student.seen} == {last}
+    for one, two in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert two.is_contiguous()
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_frozen_norms_keep_their_statistics():

@@ -113,7 +113,7 @@ def chunks(sums: Sums, nets: int, jobs: int) -> Iterator[dict[str, Any]]:
     with get_context("spawn").Pool(jobs) as pool:
         waiting: list[Any] = []
         while len(sums.specs.get(code, ())) < nets:
-            while len(waiting) < jobs:
+            while len(waiting) < 2 * jobs:  # none idles while a slow one is waited for
                 waiting.append(pool.apply_async(chunk, (next(numbers),)))
             found = waiting.pop(0).get()
             if not found["failures"]:

@@ -19,6 +19,8 @@ from cpd.errors import InputError
 
 __all__ = ["Batches", "examples", "parts", "size", "tensors", "to_device", "unpack"]
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def _mapped(batch: Any, change: Any) -> Any:
     """The same nest of mappings and sequences, with every tensor changed."""
@@ -49,9 +51,15 @@ def size(batch: Any) -> int:
     raise InputError(f"a batch must hold a tensor, one row a sample; got {type(batch).__name__}")
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch on a device."""
-    return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """The batch on a device; images (N, C, H, W) and volumes in memory channels last, if asked."""
+    layouts = _CHANNELS_LAST if channels_last else {}
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        layout = layouts.get(tensor.ndim, torch.preserve_format)
+        return tensor.to(device, non_blocking=True, memory_format=layout)
+
+    return _mapped(batch, moved)
 
 
 def parts(batch: Any, count: int) -> list[Any]:

@@ -15,7 +15,12 @@ __all__ = ["answer", "evaluate", "judged"]
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, task: Any, device: torch.device
+    model: nn.Module,
+    batches: Batches,
+    task: Any,
+    device: torch.device,
+    *,
+    channels_last: bool = False,
 ) -> dict[str, float]:
     """The task's metrics, each a plain number.
 
@@ -25,7 +30,7 @@ def evaluate(
     metrics = task.metrics().to(device)
     with judged(model):
         for batch in batches.epoch(0):
-            batch = to_device(batch, device)
+            batch = to_device(batch, device, channels_last=channels_last)
             metrics.update(answer(model, task, batch), unpack(batch)[2])
     return {name: float(value) for name, value in metrics.compute().items()}
 

@@ -205,7 +205,8 @@ class Loop:
         for numbers, batch in self.train.numbered(state.epoch, state.batch):
             state.batch += 1
             known = samples(numbers, batch) if cached else []
-            self._step(to_device(batch, self.device), known)
+            placed = to_device(batch, self.device, channels_last=self.options.channels_last)
+            self._step(placed, known)
             if self._finished() and state.batch != self.train.length:
                 return
         if not state.batch:
@@ -314,7 +315,10 @@ class Loop:
             self.teacher.save()
         metrics = {}
         if self.val is not None:
-            metrics = evaluate(self.spread.whole(), self.val, self.pieces.task, self.device)
+            metrics = evaluate(
+                self.spread.whole(), self.val, self.pieces.task, self.device,
+                channels_last=self.options.channels_last,
+            )  # fmt: skip
             self._compare(metrics)
         means = {name: total / max(1, self.counted) for name, total in self.sums.items()}
         self.sums, self.counted = {}, 0

@@ -34,6 +34,8 @@ class LoopOptions:
         precision: "no" (as the parameters are) or "bf16" (autocast; the loss stays float32).
         accumulate: parts into which each batch is split; gradients add up over the parts.
         clip: largest total norm of the gradient.
+        channels_last: images lie in memory channels last, which many convolutions take faster:
+            the same function with other rounding.
         freeze_norms: batch norms keep their running statistics.
         task_weight: weight of the task's own loss next to the distillation losses.
         evaluate_every: epochs between evaluations on the validation data; 0: at the end only.
@@ -54,6 +56,7 @@ class LoopOptions:
     precision: str = "no"
     accumulate: int = 1
     clip: float | None = None
+    channels_last: bool = False
     freeze_norms: bool = False
     task_weight: float = 1.0
     evaluate_every: int = 1

@@ -27,7 +27,10 @@ def seed_all(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch (every device)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (what transforms of others draw from)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same numbers; that one formats the call stack for each device that is not there
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
