@@ -17,14 +17,15 @@ from torch import nn
 from .branches import find_branches
 from .channels import Ids, components
 from .errors import InputError, TraceError, UnknownName
-from .graph import Pinned, Reader
+from .graph import Pinned, Reader, Step
 from .groups import CouplingGroup, Groups, frozen_axes
+from .handed import HandedOn
 from .kinds import attended, named_families
 from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
 from .replace import Replacements
 from .rules import Size
-from .sizes import find_sites
+from .sizes import Site, find_sites
 from .terms import Terms, factors_of
 from .trace import Inputs, Trace, location, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
@@ -78,14 +79,16 @@ def comb(
     _freeze_untouched(reader)
     held = _freeze_ignored(model, reader, ignored)
     replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
-    _freeze_unheld(model, reader, replaced)
-    _balance_shared(model, reader)
+    handed_on = HandedOn(model, graph)
+    _freeze_unheld(model, reader, replaced, handed_on)
+    _balance_shared(model, reader, handed_on)
     freeze_computed_scales(model, reader, replaced)
     own_scale = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     pins = pin_queries(reader, replaced, own_scale)
     heads = attended(reader)
     units = solve(reader.channels)
-    groups = _build(model, graph, reader, units, pins, replaced)
+    sites = find_sites(model, _uses(reader), handed_on)
+    groups = _build(model, graph, reader, units, pins, replaced, sites)
     groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
     groups.options["ignore"] = [_name(model, x) for x in ignored]
     signature = _signatures(groups)
@@ -183,9 +186,9 @@ def _uses(reader: Reader) -> list[tuple[str, Size]]:
     return [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
 
 
-def _balance_shared(model: nn.Module, reader: Reader) -> None:
+def _balance_shared(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
     """Where one attribute is the width of rows of several tensors, they keep the same number."""
-    for site in find_sites(model, _uses(reader)):
+    for site in find_sites(model, _uses(reader), handed_on):
         rows: dict[bytes, Ids] = {}
         for size in site.sizes:
             layer = size.labels.owned(size.axis)
@@ -198,27 +201,42 @@ def _balance_shared(model: nn.Module, reader: Reader) -> None:
                 reader.channels.freeze(blocks, "one of equal parts, must not vanish")
 
 
-def _freeze_unheld(model: nn.Module, reader: Reader, replaced: Replacements) -> None:
-    """Keep what moves the bound of a slice that neither an attribute nor a replaced forward holds.
+def _freeze_unheld(
+    model: nn.Module, reader: Reader, replaced: Replacements, handed_on: HandedOn
+) -> None:
+    """Keep what moves a literal that fits wherever it stands, where neither an attribute nor a
+    replaced forward holds it: the bound of a slice, or a size beside one that is left open.
 
     A half may be computed: where it is not, what reads it meets another shape. What is written
     through a slice meets none, so there it counts as well.
     """
     written = {node for step in reader.steps for node in step.written}
-    held = {id(size) for site in find_sites(model, _uses(reader)) for size in site.sizes}
+    sites = find_sites(model, _uses(reader), handed_on)
+    held = {id(size) for site in sites for size in site.sizes}
     for step in reader.steps:
         for size in step.sizes:
             whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
             half = 2 * size.old == whole and step.node not in written
-            if not whole or id(size) in held or half:
+            bound, beside = whole and not half, _beside_open(step, size)
+            if id(size) in held or not (bound or beside):
                 continue
             path, why = location(step.node)[0], "no attribute holds the bound of a slice"
+            if beside:
+                why = "no attribute holds a size beside one that is left open"
             if path in replaced.active or replaced.enable([path], why):
                 continue
             reader.at(step.node)
             for layer in (x for x in size.labels.layers if size.axis in x.axes):
                 reader.channels.freeze(layer.ids, why)
     reader.at(None)
+
+
+def _beside_open(step: Step, size: Size) -> bool:
+    """Whether a size of channels is left to be computed in the same shape (-1): any other fits."""
+    shape = step.args.get(size.arg)
+    if size.index is None or not isinstance(shape, list | tuple) or -1 not in shape:
+        return False
+    return size.labels.carries(size.axis - size.index + list(shape).index(-1))
 
 
 def _build(
@@ -228,6 +246,7 @@ def _build(
     units: Units,
     pins: list[Pinned],
     replaced: Replacements,
+    sites: list[Site],
 ) -> Groups:
     costs = {
         "macs": Terms(reader.macs, per=max(graph.batch, 1)),
@@ -238,7 +257,7 @@ def _build(
         units=units,
         labels=reader.labels,
         steps=reader.steps,
-        sites=find_sites(model, _uses(reader)),
+        sites=sites,
         pins=pins,
         replaced=replaced,
         costs=costs,

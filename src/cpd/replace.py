@@ -199,6 +199,9 @@ class Replacements:
         return found
 
 
+_OF_ANY = frozenset(vars(nn.Module()))
+
+
 def _key(module: nn.Module, calls: list[Data]) -> Any:
     """Return what the capture of a forward depends on."""
     tensors = tuple((name, tuple(t.shape)) for name, t in named_tensors(module))
@@ -213,14 +216,10 @@ def _key(module: nn.Module, calls: list[Data]) -> Any:
 
 
 def _numbers(module: nn.Module) -> str:
+    """Return what a module holds besides tensors and children: plain values as they are, all else
+    (a function that its forward calls, say) by identity.
+    """
     plain = (bool, int, float, str, tuple, list, type(None), dict)
-    held = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, plain) and not key.startswith("_")
-    }
-    other = {
-        key: id(value) for key, value in vars(module).items() if key not in held and key[0] != "_"
-    }
-    tensors = any(isinstance(value, torch.Tensor) for value in vars(module).values())
-    return repr(held) + (repr(other) if tensors else "")
+    mine = {key: value for key, value in vars(module).items() if key not in _OF_ANY}
+    held = {key: value for key, value in mine.items() if isinstance(value, plain)}
+    return repr(held) + repr({key: id(value) for key, value in mine.items() if key not in held})

@@ -2,19 +2,20 @@
 
 A view in a forward carries numbers (`num_heads`, `head_dim`, ...) that must follow when channels
 go. The trace tells which literal carries channels and which module's code made the call; the
-attribute of that value is found on that module, or on the nearest module around it that has one. A
-literal with no attribute is taken to be computed from the tensors' own shapes; the trial in `comb`
-and the proof in `verify` tell when it is not.
+attribute of that value is found on that module, or on the nearest module around it that hands one
+on to it. A literal with no attribute is taken to be computed from the tensors' own shapes; the
+trial in `comb` and the proof in `verify` tell when it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .handed import HandedOn, Holder
 from .labels import Mask, axis_size
 from .rules import Size
 
@@ -41,16 +42,33 @@ class Site:
         return found.pop() if len(found) == 1 else None
 
 
-def find_sites(model: nn.Module, uses: Iterable[tuple[str, Size]]) -> list[Site]:
+def find_sites(
+    model: nn.Module, uses: Iterable[tuple[str, Size]], handed_on: HandedOn
+) -> list[Site]:
     """Return the attributes behind literal sizes; `uses` are pairs of module path and size."""
-    by_place: dict[tuple[str, str, int | None], list[Size]] = {}
+    uses, around = list(uses), set[Holder]()
+
+    def noted(holder: Holder, _path: str) -> bool:
+        around.add(holder)
+        return False
+
     for path, size in uses:
-        for place in _places(model, path, size):
+        _places(model, path, size, noted)
+    handed_on.ask(around)
+    by_place: dict[Holder, list[Size]] = {}
+    for path, size in uses:
+        for place in _places(model, path, size, handed_on):
             by_place.setdefault(place, []).append(size)
     return [Site(*place, tuple(sizes)) for place, sizes in by_place.items()]
 
 
-def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int | None]]:
+def _places(
+    model: nn.Module, path: str, size: Size, reaches: Callable[[Holder, str], bool]
+) -> list[Holder]:
+    """Return the attributes that may hold a size: the module's own, or those around it that reach
+    its calls.
+    """
+    maker = path
     while True:
         module = model.get_submodule(path)
         if isinstance(module, NORM_AND_CONV) and size.arg in vars(module):
@@ -66,8 +84,11 @@ def _places(model: nn.Module, path: str, size: Size) -> list[tuple[str, str, int
                 return []  # its head dims, which it computes; there may be as many as heads
             found = [place for place in found if place[0] == "num_heads"]
             return [(path, *place) for place in found]
-        if found or not path:
-            return [(path, *place) for place in found]
+        places = [(path, *place) for place in found]
+        if path != maker:
+            places = [place for place in places if reaches(place, maker)]
+        if places or not path:
+            return places
         path = path.rpartition(".")[0]
 
 

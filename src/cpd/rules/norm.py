@@ -53,12 +53,16 @@ def layer_norm(call: Call) -> Labels:
 
 @rule("group_norm")
 def group_norm(call: Call) -> Labels:
-    """Normalised inside each of `num_groups` equal runs of channels; whole groups may go."""
+    """Normalised inside each of `num_groups` equal runs of channels, over all places, which may be
+    channels of another axis; whole groups may go.
+    """
     x, groups = call.args["input"], call.args["num_groups"]
     n, c, *space = x.shape
     inner = reshape(x, (n, groups, c // groups, *space), call.channels)
     if c > groups:
         call.statistic(inner, 2, "normalised across the channels of a group")
+    for axis in range(3, len(inner.shape)):
+        call.statistic(inner, axis, "normalised across channels")
     call.size("num_groups", None, groups, inner, 1)
     names = [f"d{k}" for k in range(len(inner.shape))]
     affine = [call.args.get(name) for name in ("weight", "bias")]
