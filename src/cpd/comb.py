@@ -14,18 +14,18 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
+from .aliases import op_name
 from .branches import find_branches
 from .channels import Ids, components
 from .errors import InputError, TraceError, UnknownName
-from .graph import Pinned, Reader, Step
+from .graph import Pinned, Reader
 from .groups import CouplingGroup, Groups, frozen_axes
 from .handed import HandedOn
 from .kinds import attended, named_families
 from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
 from .replace import Replacements
-from .rules import Size
-from .sizes import Site, find_sites
+from .sizes import Site, Use, find_sites
 from .terms import Terms, factors_of
 from .trace import Inputs, Trace, location, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
@@ -182,8 +182,12 @@ def _consumed(reader: Reader) -> set[tuple[str, int]]:
     return found
 
 
-def _uses(reader: Reader) -> list[tuple[str, Size]]:
-    return [(location(step.node)[0], size) for step in reader.steps for size in step.sizes]
+def _uses(reader: Reader) -> list[Use]:
+    return [
+        Use(location(step.node)[0], op_name(step.node), size)
+        for step in reader.steps
+        for size in step.sizes
+    ]
 
 
 def _balance_shared(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
@@ -204,8 +208,7 @@ def _balance_shared(model: nn.Module, reader: Reader, handed_on: HandedOn) -> No
 def _freeze_unheld(
     model: nn.Module, reader: Reader, replaced: Replacements, handed_on: HandedOn
 ) -> None:
-    """Keep what moves a literal that fits wherever it stands, where neither an attribute nor a
-    replaced forward holds it: the bound of a slice, or a size beside one that is left open.
+    """Keep what moves the bound of a slice that neither an attribute nor a replaced forward holds.
 
     A half may be computed: where it is not, what reads it meets another shape. What is written
     through a slice meets none, so there it counts as well.
@@ -217,26 +220,15 @@ def _freeze_unheld(
         for size in step.sizes:
             whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
             half = 2 * size.old == whole and step.node not in written
-            bound, beside = whole and not half, _beside_open(step, size)
-            if id(size) in held or not (bound or beside):
+            if not whole or id(size) in held or half:
                 continue
             path, why = location(step.node)[0], "no attribute holds the bound of a slice"
-            if beside:
-                why = "no attribute holds a size beside one that is left open"
             if path in replaced.active or replaced.enable([path], why):
                 continue
             reader.at(step.node)
             for layer in (x for x in size.labels.layers if size.axis in x.axes):
                 reader.channels.freeze(layer.ids, why)
     reader.at(None)
-
-
-def _beside_open(step: Step, size: Size) -> bool:
-    """Whether a size of channels is left to be computed in the same shape (-1): any other fits."""
-    shape = step.args.get(size.arg)
-    if size.index is None or not isinstance(shape, list | tuple) or -1 not in shape:
-        return False
-    return size.labels.carries(size.axis - size.index + list(shape).index(-1))
 
 
 def _build(

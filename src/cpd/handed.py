@@ -1,8 +1,9 @@
-"""Handed on: which attributes of a module reach the calls that code inside its children makes.
+"""Handed on: which attributes of the modules reach which calls, as they are.
 
-A literal of a child's call may be a number that a module around it holds and passes on; another
-attribute out there may have the same value and mean something else (an axis, a depth). The network
-runs once with marked numbers in place of those attributes, and every call tells which it was given.
+A literal of a call may be a number that the module around it holds and passes on; another attribute
+may have the same value and mean something else (an axis, a depth, heads beside head dims). The
+network runs once with marked numbers in place of those attributes, and every call tells which it
+was given.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ from .surgery import share
 from .trace import Trace, named_tensors, quiet_state
 
 Holder = tuple[str, str, int | None]  # path of a module, its attribute, an entry of a tuple or list
+Seen = tuple[Holder, str, str, int]  # path of the module that calls, name of what it calls, place
+
+
+_ALIKE = {
+    "reshape": "view",
+    "_unsafe_view": "view",
+    "split_with_sizes": "split",
+    "unsafe_split": "split",
+    "slice": "__getitem__",
+}
 
 
 class _Marked(int):
@@ -31,12 +42,12 @@ class _Marked(int):
 
 
 class HandedOn:
-    """Says whether what an attribute holds reaches the calls of a module as it is."""
+    """Says whether what an attribute holds reaches a call of a module."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self._model, self._trace = model, trace
         self._asked: set[Holder] = set()
-        self._seen: set[tuple[Holder, str]] | None = set()
+        self._seen: set[Seen] | None = set()
         self._first = {id(module): path for path, module in model.named_modules()}
 
     def ask(self, holders: Collection[Holder]) -> None:
@@ -46,14 +57,25 @@ class HandedOn:
             self._asked |= new
             self._seen = self._runs(self._asked)
 
-    def __call__(self, holder: Holder, path: str) -> bool:
-        """Whether a call that the module at ``path`` makes is given what ``holder`` holds; True
-        where the network does not run with marked numbers.
-        """
-        name = self._first[id(self._model.get_submodule(path))]
-        return self._seen is None or (holder, name) in self._seen
+    def __call__(self, holder: Holder, path: str, op: str = "", index: int | None = None) -> bool:
+        """Whether a call that the module at ``path`` makes is given what ``holder`` holds; of
+        ``op``, as its ``index``-th number, where these are given.
 
-    def _runs(self, holders: Collection[Holder]) -> set[tuple[Holder, str]] | None:
+        True where the network does not run with marked numbers.
+        """
+        if self._seen is None:
+            return True
+        name = self._first[id(self._model.get_submodule(path))]
+        if index is not None and op == "unflatten":
+            index += 1  # behind the axis
+        return any(
+            (held, at) == (holder, name)
+            and (not op or _ALIKE.get(called, called) == _ALIKE.get(op, op))
+            and (index is None or place == index)
+            for held, at, called, place in self._seen
+        )
+
+    def _runs(self, holders: Collection[Holder]) -> set[Seen] | None:
         devices = [torch.device("meta")]
         if not any(tensor.is_meta for _, tensor in named_tensors(self._model)):
             devices.append(torch.device("cpu"))  # code that asks for values has them
@@ -64,7 +86,7 @@ class HandedOn:
                 continue
         return None
 
-    def _run(self, holders: Collection[Holder], device: torch.device) -> set[tuple[Holder, str]]:
+    def _run(self, holders: Collection[Holder], device: torch.device) -> set[Seen]:
         marked = share(self._model).eval()
         for holder in holders:
             _mark(marked, holder)
@@ -101,7 +123,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.seen: set[tuple[Holder, str]] = set()
+        self.seen: set[Seen] = set()
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._at = [""]
 
@@ -125,13 +147,16 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         """Note what a call is given, and make it."""
         del types
-        for value in _numbers((args, kwargs or {})):
-            self.seen.add((value.holder, self._at[-1]))
+        name = getattr(func, "__name__", "")
+        for place, value in enumerate(_numbers((args, kwargs or {}))):
+            if isinstance(value, _Marked):
+                self.seen.add((value.holder, self._at[-1], name, place))
         return func(*args, **(kwargs or {}))
 
 
-def _numbers(values: Any) -> Iterator[_Marked]:
-    if isinstance(values, _Marked):
+def _numbers(values: Any) -> Iterator[int]:
+    """Every number among arguments, in order."""
+    if isinstance(values, int):
         yield values
     elif isinstance(values, slice):
         yield from _numbers((values.start, values.stop, values.step))

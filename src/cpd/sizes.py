@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,6 +20,14 @@ from .labels import Mask, axis_size
 from .rules import Size
 
 NORM_AND_CONV = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
+
+
+class Use(NamedTuple):
+    """A literal size where it is used: by which module's code, in a call of what."""
+
+    path: str
+    op: str
+    size: Size
 
 
 @dataclass(frozen=True)
@@ -42,33 +50,29 @@ class Site:
         return found.pop() if len(found) == 1 else None
 
 
-def find_sites(
-    model: nn.Module, uses: Iterable[tuple[str, Size]], handed_on: HandedOn
-) -> list[Site]:
-    """Return the attributes behind literal sizes; `uses` are pairs of module path and size."""
-    uses, around = list(uses), set[Holder]()
+def find_sites(model: nn.Module, uses: Iterable[Use], handed_on: HandedOn) -> list[Site]:
+    """Return the attributes behind literal sizes."""
+    uses, unsure = list(uses), set[Holder]()
 
-    def noted(holder: Holder, _path: str) -> bool:
-        around.add(holder)
+    def noted(holder: Holder, *_: Any) -> bool:
+        unsure.add(holder)
         return False
 
-    for path, size in uses:
-        _places(model, path, size, noted)
-    handed_on.ask(around)
+    for use in uses:
+        _places(model, use, noted)
+    handed_on.ask(unsure)
     by_place: dict[Holder, list[Size]] = {}
-    for path, size in uses:
-        for place in _places(model, path, size, handed_on):
-            by_place.setdefault(place, []).append(size)
+    for use in uses:
+        for place in _places(model, use, handed_on):
+            by_place.setdefault(place, []).append(use.size)
     return [Site(*place, tuple(sizes)) for place, sizes in by_place.items()]
 
 
-def _places(
-    model: nn.Module, path: str, size: Size, reaches: Callable[[Holder, str], bool]
-) -> list[Holder]:
-    """Return the attributes that may hold a size: the module's own, or those around it that reach
-    its calls.
+def _places(model: nn.Module, use: Use, reaches: Callable[..., bool]) -> list[Holder]:
+    """Return the attributes that may hold a size: the module's own, of several those that reach
+    the call where any does; or those around it that reach its calls.
     """
-    maker = path
+    path, size = use.path, use.size
     while True:
         module = model.get_submodule(path)
         if isinstance(module, NORM_AND_CONV) and size.arg in vars(module):
@@ -85,8 +89,11 @@ def _places(
             found = [place for place in found if place[0] == "num_heads"]
             return [(path, *place) for place in found]
         places = [(path, *place) for place in found]
-        if path != maker:
-            places = [place for place in places if reaches(place, maker)]
+        if path != use.path:
+            places = [place for place in places if reaches(place, use.path)]
+        elif len(places) > 1:
+            there = [place for place in places if reaches(place, path, use.op, size.index)]
+            places = there or places
         if places or not path:
             return places
         path = path.rpartition(".")[0]

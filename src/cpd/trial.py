@@ -23,11 +23,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .channels import Place
-from .graph import place_of
+from .graph import Step, place_of
 from .groups import Groups
-from .labels import Mask, new_shape
+from .labels import Mask, axis_size, new_shape
 from .on_meta import OnMeta
 from .replace import Disagreement
+from .rules import Size
 from .settle import classes_of, freeze, settle
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
@@ -65,6 +66,7 @@ def freeze_unfollowed(groups: Groups) -> None:
     Where attributes hold all literals one trial of everything will do. A literal that none holds
     may fit by chance, so families that change one are tried kind by kind, and at two widths.
     """
+    _replace_beside_open(groups)
     run = _runner(groups)
     settle(groups, lambda families: _tried(groups, families, run, halves=True) is None)
     suspects = _suspects(groups)
@@ -90,6 +92,44 @@ def freeze_unfollowed(groups: Groups) -> None:
     if error is not None:
         why = f"the code cannot follow together with others: {error.text}"
         freeze(groups, kept, why, error.place)
+
+
+def _replace_beside_open(groups: Groups) -> None:
+    """Let a replaced forward hold a size that no attribute does beside one that is left open (-1):
+    there any other number fits. Where it cannot be had, what changes the size stays.
+    """
+    held = {id(size) for site in groups.sites for size in site.sizes}
+    left = _without(groups, groups.units.families)[groups.units.label]
+    found = [
+        (step, size)
+        for step in groups.steps
+        for size in step.sizes
+        if id(size) not in held and _beside_open(step, size)
+        if axis_size(size.labels, size.axis, left) != size.old
+    ]
+    why = "no attribute holds a size beside one that is left open"
+    for step, size in found:
+        changing = [f for f in groups.units.families if _changes(groups, f, size)]
+        path = location(step.node)[0]
+        open_ = changing and path not in groups.replaced.active
+        if open_ and not groups.replaced.enable([path], why):
+            freeze(groups, changing, why, place_of(step.node))
+
+
+def _beside_open(step: Step, size: Size) -> bool:
+    shape = step.args.get(size.arg)
+    if size.index is None or not isinstance(shape, list | tuple) or -1 not in shape:
+        return False
+    return size.labels.carries(size.axis - size.index + list(shape).index(-1))
+
+
+def _changes(groups: Groups, family: Family, size: Size) -> bool:
+    """Whether a size is another one when some units of a family are gone."""
+    for least in (False, True):
+        alive = _without(groups, [family], least=least)[groups.units.label]
+        if axis_size(size.labels, size.axis, alive) != size.old:
+            return True
+    return False
 
 
 def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | None:
