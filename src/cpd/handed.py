@@ -9,7 +9,7 @@ was given.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .on_meta import OnMeta
-from .surgery import share
+from .surgery import rebuild, share
 from .trace import Trace, named_tensors, quiet_state
 
 Holder = tuple[str, str, int | None]  # path of a module, its attribute, an entry of a tuple or list
@@ -87,20 +87,20 @@ class HandedOn:
         return None
 
     def _run(self, holders: Collection[Holder], device: torch.device) -> set[Seen]:
-        marked = share(self._model).eval()
+        mode: AbstractContextManager[Any]
+        if device.type == "meta":
+            held = {name: t.detach().to(device) for name, t in named_tensors(self._model)}
+            marked, mode = rebuild(self._model, held, {}), OnMeta()
+        else:
+            marked, mode = share(self._model), nullcontext()
         for holder in holders:
             _mark(marked, holder)
-        tensors = {name: t.detach().to(device) for name, t in named_tensors(marked)}
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda x: x.to(device), (self._trace.args, self._trace.kwargs)
         )
-        watch = _Watch(marked)
-        with quiet_state(), torch.no_grad(), watch.inside(), watch:
-            if device.type == "meta":
-                with OnMeta():
-                    torch.func.functional_call(marked, tensors, args, kwargs)
-            else:
-                torch.func.functional_call(marked, tensors, args, kwargs)
+        watch = _Watch(marked.eval())
+        with quiet_state(), torch.no_grad(), watch.inside(), watch, mode:
+            marked(*args, **kwargs)
         return watch.seen
 
 
