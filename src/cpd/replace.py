@@ -7,9 +7,12 @@ network, which know for every literal whose axis it is; a plan then only writes 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from enum import Enum
+from functools import cached_property, partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -200,13 +203,20 @@ class Replacements:
 
 
 _OF_ANY = frozenset(vars(nn.Module()))
+_MANY = 64  # entries; of a longer list only which one it is counts
+_VALUES = (
+    bool, int, float, complex, str, bytes, type(None), Enum, np.generic,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
 
 
 def _key(module: nn.Module, calls: list[Data]) -> Any:
     """Return what the capture of a forward depends on."""
-    tensors = tuple((name, tuple(t.shape)) for name, t in named_tensors(module))
+    named = list(named_tensors(module))
+    tensors = tuple((name, tuple(t.shape)) for name, t in named)
+    own = {id(t): name for name, t in named}
     parts = tuple(
-        (name, type(part).__qualname__, _numbers(part)) for name, part in module.named_modules()
+        (name, type(part).__qualname__, _held(part, own)) for name, part in module.named_modules()
     )
     given = tuple(
         tuple(x.shape) if isinstance(x, torch.Tensor) else repr(x)
@@ -215,11 +225,28 @@ def _key(module: nn.Module, calls: list[Data]) -> Any:
     return type(module), tensors, parts, given
 
 
-def _numbers(module: nn.Module) -> str:
-    """Return what a module holds besides tensors and children: plain values as they are, all else
-    (a function that its forward calls, say) by identity.
+def _held(module: nn.Module, own: dict[int, str]) -> Any:
+    """Return what a module holds besides tensors and children, in a form that can be compared."""
+    mine = vars(module).items()
+    return tuple((name, _form(value, module, own)) for name, value in mine if name not in _OF_ANY)
+
+
+def _form(value: Any, module: nn.Module, own: dict[int, str]) -> Any:
+    """Return a plain value as it is, what is made of such by its parts, and all else (a function
+    that a forward calls, say) by identity.
     """
-    plain = (bool, int, float, str, tuple, list, type(None), dict)
-    mine = {key: value for key, value in vars(module).items() if key not in _OF_ANY}
-    held = {key: value for key, value in mine.items() if isinstance(value, plain)}
-    return repr(held) + repr({key: id(value) for key, value in mine.items() if key not in held})
+    found: Any = id(value)
+    if isinstance(value, _VALUES):
+        found = repr(value)
+    elif isinstance(value, torch.Tensor):
+        found = own.get(id(value), id(value))
+    elif isinstance(value, weakref.ref):
+        found = ""
+    elif isinstance(value, list | tuple | dict) and len(value) <= _MANY:
+        parts = value.items() if isinstance(value, dict) else value
+        found = tuple(_form(part, module, own) for part in parts)
+    elif isinstance(value, partial):
+        found = _form((value.func, value.args, value.keywords), module, own)
+    elif isinstance(value, MethodType) and value.__self__ is module:
+        found = id(value.__func__)
+    return type(value), found

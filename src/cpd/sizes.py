@@ -54,25 +54,28 @@ def find_sites(model: nn.Module, uses: Iterable[Use], handed_on: HandedOn) -> li
     """Return the attributes behind literal sizes."""
     uses, unsure = list(uses), set[Holder]()
 
-    def noted(holder: Holder, *_: Any) -> bool:
-        unsure.add(holder)
-        return False
-
     for use in uses:
-        _places(model, use, noted)
+        _places(model, use, lambda holder, *_: unsure.add(holder), lambda _: False)
     handed_on.ask(unsure)
     by_place: dict[Holder, list[Size]] = {}
     for use in uses:
-        for place in _places(model, use, handed_on):
+        for place in _places(model, use, handed_on, handed_on.unknown):
             by_place.setdefault(place, []).append(use.size)
     return [Site(*place, tuple(sizes)) for place, sizes in by_place.items()]
 
 
-def _places(model: nn.Module, use: Use, reaches: Callable[..., bool]) -> list[Holder]:
+def _places(
+    model: nn.Module,
+    use: Use,
+    reaches: Callable[..., Any],
+    unknown: Callable[[Holder], bool],
+) -> list[Holder]:
     """Return the attributes that may hold a size: the module's own, of several those that reach
-    the call where any does; or those around it that reach its calls.
+    the call where any does; or those around it that reach its calls, or may do so where none is
+    known to.
     """
     path, size = use.path, use.size
+    perhaps: list[Holder] = []
     while True:
         module = model.get_submodule(path)
         if isinstance(module, NORM_AND_CONV) and size.arg in vars(module):
@@ -90,12 +93,13 @@ def _places(model: nn.Module, use: Use, reaches: Callable[..., bool]) -> list[Ho
             return [(path, *place) for place in found]
         places = [(path, *place) for place in found]
         if path != use.path:
+            perhaps = perhaps or [place for place in places if unknown(place)]
             places = [place for place in places if reaches(place, use.path)]
         elif len(places) > 1:
             there = [place for place in places if reaches(place, path, use.op, size.index)]
             places = there or places
         if places or not path:
-            return places
+            return places or perhaps
         path = path.rpartition(".")[0]
 
 

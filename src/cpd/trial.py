@@ -22,9 +22,11 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .aliases import op_name
 from .channels import Place
 from .graph import Step, place_of
 from .groups import Groups
+from .handed import Watch
 from .labels import Mask, axis_size, new_shape
 from .on_meta import OnMeta
 from .replace import Disagreement
@@ -55,8 +57,9 @@ class Failure:
         return Place("", "".join(self.paths[:1]), self.source)
 
 
-Run = Callable[[Mask], Failure | None]
+Run = Callable[..., Failure | None]  # of what is left, and what watches
 Mode = AbstractContextManager[Any]
+_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten")
 _PARTS = ("start", "end", "length", "groups", "num_groups", "split_size")
 
 
@@ -66,8 +69,16 @@ def freeze_unfollowed(groups: Groups) -> None:
     Where attributes hold all literals one trial of everything will do. A literal that none holds
     may fit by chance, so families that change one are tried kind by kind, and at two widths.
     """
-    _replace_beside_open(groups)
     run = _runner(groups)
+    _hold_open(groups, run)
+    _freeze_unfollowed(groups, run)
+    held = _hold_open(groups, run)  # of code that ran no further before
+    error = run(_without(groups, groups.units.families)) if held else None
+    if error is not None:
+        freeze(groups, held, f"the code cannot follow: {error.text}", error.place)
+
+
+def _freeze_unfollowed(groups: Groups, run: Run) -> None:
     settle(groups, lambda families: _tried(groups, families, run, halves=True) is None)
     suspects = _suspects(groups)
     if not suspects:
@@ -94,26 +105,45 @@ def freeze_unfollowed(groups: Groups) -> None:
         freeze(groups, kept, why, error.place)
 
 
-def _replace_beside_open(groups: Groups) -> None:
-    """Let a replaced forward hold a size that no attribute does beside one that is left open (-1):
+def _hold_open(groups: Groups, run: Run) -> list[Family]:
+    """Let a replaced forward hold a size that stays as it is beside one that is left open (-1):
     there any other number fits. Where it cannot be had, what changes the size stays.
+
+    Most sizes that no attribute holds are computed, and follow: a run of the cut network tells.
+    Returns the families that change sizes which a forward holds from now on.
+    """
+    alive = _without(groups, groups.units.families)
+    found = _open_sizes(groups, alive[groups.units.label])
+    if not found:
+        return []
+    watch = Watch()
+    run(alive, watch)
+    why, held = "no attribute holds a size beside one that is left open", []
+    for path, uses in found.items():
+        made = [numbers for at, _, numbers in watch.calls if at == path]
+        for step, size in (use for use in uses if _is_among(use[0].args[use[1].arg], made)):
+            changing = _changing(groups, size)
+            if path in groups.replaced.active or groups.replaced.enable([path], why):
+                held += changing
+            else:
+                freeze(groups, changing, why, place_of(step.node))
+    return held
+
+
+def _open_sizes(groups: Groups, left: Mask) -> dict[str, list[tuple[Step, Size]]]:
+    """Return by module the sizes beside open ones that change, but that neither an attribute nor
+    a replaced forward holds.
     """
     held = {id(size) for site in groups.sites for size in site.sizes}
-    left = _without(groups, groups.units.families)[groups.units.label]
-    found = [
-        (step, size)
-        for step in groups.steps
-        for size in step.sizes
-        if id(size) not in held and _beside_open(step, size)
-        if axis_size(size.labels, size.axis, left) != size.old
-    ]
-    why = "no attribute holds a size beside one that is left open"
-    for step, size in found:
-        changing = [f for f in groups.units.families if _changes(groups, f, size)]
+    found: dict[str, list[tuple[Step, Size]]] = {}
+    for step in groups.steps:
         path = location(step.node)[0]
-        open_ = changing and path not in groups.replaced.active
-        if open_ and not groups.replaced.enable([path], why):
-            freeze(groups, changing, why, place_of(step.node))
+        if path in groups.replaced.active or op_name(step.node) not in _VIEWS:
+            continue
+        for size in (x for x in step.sizes if id(x) not in held and _beside_open(step, x)):
+            if axis_size(size.labels, size.axis, left) != size.old:
+                found.setdefault(path, []).append((step, size))
+    return found
 
 
 def _beside_open(step: Step, size: Size) -> bool:
@@ -123,13 +153,31 @@ def _beside_open(step: Step, size: Size) -> bool:
     return size.labels.carries(size.axis - size.index + list(shape).index(-1))
 
 
-def _changes(groups: Groups, family: Family, size: Size) -> bool:
-    """Whether a size is another one when some units of a family are gone."""
-    for least in (False, True):
-        alive = _without(groups, [family], least=least)[groups.units.label]
-        if axis_size(size.labels, size.axis, alive) != size.old:
-            return True
-    return False
+def _is_among(shape: Sequence[Any], calls: list[tuple[int, ...]]) -> bool:
+    """Whether a shape is what some call is given, as its last numbers."""
+    wanted = [x if isinstance(x, int) else None for x in shape]
+    return any(
+        len(given) >= len(wanted)
+        and all(x in (None, y) for x, y in zip(wanted, given[-len(wanted) :], strict=True))
+        for given in calls
+    )
+
+
+def _changing(groups: Groups, size: Size) -> list[Family]:
+    """Return the families by which a size changes."""
+    mine = np.zeros(groups.units.count, bool)
+    for layer in (x for x in size.labels.layers if size.axis in x.axes):
+        mine[groups.units.label[layer.ids].ravel()] = True
+    found = []
+    for family in groups.units.families:
+        if not mine[groups.units.closure(classes_of(family))].any():
+            continue
+        for least in (False, True):
+            left = _without(groups, [family], least=least)[groups.units.label]
+            if axis_size(size.labels, size.axis, left) != size.old:
+                found.append(family)
+                break
+    return found
 
 
 def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | None:
@@ -273,9 +321,9 @@ def _runner(groups: Groups) -> Run:
     expected = _output_shapes(groups)
     modes = {"meta": OnMeta(), "fake": FakeTensorMode(allow_non_fake_inputs=True)}
 
-    def cut(alive: Mask, device: str, expected: Any) -> Failure | None:
+    def cut(alive: Mask, device: str, expected: Any, watch: Watch | None = None) -> Failure | None:
         mode = modes.get(device) or nullcontext()
-        return _run(groups.model, groups, alive, device, mode, expected)
+        return _run(groups.model, groups, alive, device, mode, expected, watch)
 
     @lru_cache(maxsize=1)
     def device() -> str:
@@ -288,12 +336,12 @@ def _runner(groups: Groups) -> Run:
                 return place
         return "fake" if any(tensor.is_meta for tensor in groups.model.parameters()) else "cpu"
 
-    def run(alive: Mask) -> Failure | None:
+    def run(alive: Mask, watch: Watch | None = None) -> Failure | None:
         place = device() if device.cache_info().currsize else "meta"
-        error = cut(alive, place, expected)
+        error = cut(alive, place, expected, watch)
         if error is not None and place != device():
             place = device()
-            error = cut(alive, place, expected)
+            error = cut(alive, place, expected, watch)
         if error is None and any(t.others for t in groups.replaced.active.values()):
             return cut(alive, _other_way(groups, place), expected)
         return error
@@ -325,6 +373,7 @@ def _run(
     device: str,
     mode: Mode,
     expected: list[tuple[int, ...]] | None,
+    watch: Watch | None = None,
 ) -> Failure | None:
     of_ids = alive[groups.units.label]
     tensors = {}
@@ -345,7 +394,8 @@ def _run(
     small = rebuild(model, tensors, attribute_values(model, groups.sites, of_ids), forwards).eval()
     args, kwargs = _to(groups.trace.args, mode, device), _to(groups.trace.kwargs, mode, device)
     try:
-        with quiet_state(), torch.no_grad(), mode:
+        watched = nullcontext() if watch is None else watch.over(small)
+        with quiet_state(), torch.no_grad(), watched, mode:
             out = small(*args, **kwargs)
     except Exception as error:  # noqa: BLE001 - any failure of the model's code is the answer sought
         text = (str(error).strip().splitlines() or [""])[0]
