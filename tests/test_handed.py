@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -135,6 +136,80 @@ def test_code_that_takes_no_marked_number_is_believed():
 def test_of_two_attributes_of_one_value_the_one_that_reaches_the_call():
     groups = proved(randomised(SameNumber()), sample(2, 5, 6))
     assert held(groups) == {("", "heads")}
+
+
+@pytest.mark.parametrize("way", [int, lambda n: n * 1, lru_cache(lambda n: n)])
+def test_a_number_that_code_computes_with_may_be_handed_on(way):
+    way(2)  # a cache knows the answer for an equal number
+
+    class Computed(Told):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.inner(x, way(self.count)).mean(1))
+
+    groups = proved(randomised(Computed(Heads())), sample(2, 5, 6))
+    assert ("", "count") in held(groups)
+    assert any(f.kind == "heads" for f in groups.units.families)
+
+
+def test_one_module_by_two_names():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = Told(Heads())
+            self.between = nn.Linear(3, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.between(self.first(x))
+            return self.second(y[:, None])
+
+    groups = proved(randomised(Twice()), sample(2, 5, 6))
+    assert held(groups) == {("first", "count"), ("second", "count")}
+
+
+def test_the_run_leaves_the_model_alone():
+    class Counting(Heads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor, count: int) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(x, count)
+
+    model = Asking(Counting()).double().eval()
+    assert ("", "count") in held(cpd.comb(model, sample(2, 5, 6)))
+    assert not model.inner.calls
+
+
+def test_a_container_that_cannot_be_made_again_is_believed_alone():
+    class Own(list):
+        def __init__(self, *, entries: list[int]) -> None:
+            super().__init__(entries)
+
+    model = randomised(Told(Heads(), shape=Own(entries=[2, 7])))
+    assert held(proved(model, sample(2, 5, 6))) == {("", "count"), ("", "shape")}
+
+
+def test_sizes_that_are_computed_beside_open_ones_follow_by_themselves():
+    class Folded(nn.Module):
+        """Heads in the batch, as sizes that the tensors tell; -1 in `expand` is no open size."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 2
+            self.q, self.k, self.o = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n, length, _ = x.shape
+            parts = (f(x).view(n, length, self.heads, -1).transpose(1, 2) for f in (self.q, self.k))
+            q, k = (t.reshape(-1, length, t.shape[-1]) for t in parts)
+            y = (q @ k.transpose(1, 2) @ k).view(n, -1, length, q.shape[-1])
+            y = y + k[:1, :1, :1, None].expand(n, y.shape[1], -1, -1) * 0
+            return self.o(y.transpose(1, 2).flatten(2))
+
+    groups = proved(randomised(Folded()), sample(2, 5, 6))
+    assert not groups.replaced.active
+    assert {"heads", "head dims"} <= {f.kind for f in groups.units.families}
 
 
 def test_tied_tensors_are_no_hindrance():
