@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from .channels import Place, Reason
 from .groups import Groups
-from .labels import live_size
+from .labels import Mask, live_size
 from .rules import Size
 from .sizes import Site
 from .trace import location
@@ -162,3 +162,19 @@ def freeze(groups: Groups, families: list[Family], why: str, place: Place | None
         units.families = [f for f in units.families if f is not family]
         closure = units.closure(classes_of(family))
         units.frozen[closure[units.frozen[closure] < 0]] = len(units.reasons) - 1
+
+
+def without(groups: Groups, families: Iterable[Family], *, least: bool = False) -> Mask:
+    """Return the classes left when about half of the units of each family (or the last unit) are
+    gone.
+    """
+    alive = groups.everything()
+    for number, family in enumerate(families):
+        most = min(family.size, family.width - 1)  # not the same of all: two must not fit by chance
+        gone = 1 + (most // 2 + number) % most if most > 0 else 0
+        times = family.multiple
+        gone = min(-(-gone // times), most // times) * times
+        which = slice(family.size - times, None) if least and gone else slice(gone)
+        first = np.concatenate([cluster[: family.size][which] for cluster in family.clusters])
+        alive[groups.units.closure(first.tolist())] = False
+    return alive

@@ -9,7 +9,7 @@ are tried once for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,16 +22,15 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .aliases import op_name
 from .channels import Place
-from .graph import Step, place_of
+from .graph import place_of
 from .groups import Groups
 from .handed import Watch
-from .labels import Mask, axis_size, new_shape
+from .labels import Mask, new_shape
 from .on_meta import OnMeta
+from .opened import hold_open
 from .replace import Disagreement
-from .rules import Size
-from .settle import classes_of, freeze, settle
+from .settle import classes_of, freeze, settle, without
 from .sizes import NORM_AND_CONV, attribute_values
 from .surgery import rebuild
 from .trace import innermost, location, quiet_state
@@ -59,7 +58,6 @@ class Failure:
 
 Run = Callable[..., Failure | None]  # of what is left, and what watches
 Mode = AbstractContextManager[Any]
-_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten")
 _PARTS = ("start", "end", "length", "groups", "num_groups", "split_size")
 
 
@@ -70,10 +68,10 @@ def freeze_unfollowed(groups: Groups) -> None:
     may fit by chance, so families that change one are tried kind by kind, and at two widths.
     """
     run = _runner(groups)
-    _hold_open(groups, run)
+    hold_open(groups, run)
     _freeze_unfollowed(groups, run)
-    held = _hold_open(groups, run)  # of code that ran no further before
-    error = run(_without(groups, groups.units.families)) if held else None
+    held = hold_open(groups, run)  # of code that ran no further before
+    error = run(without(groups, groups.units.families)) if held else None
     if error is not None:
         freeze(groups, held, f"the code cannot follow: {error.text}", error.place)
 
@@ -97,7 +95,7 @@ def _freeze_unfollowed(groups: Groups, run: Run) -> None:
         if error is not None:
             freeze(groups, kind, f"the code cannot follow: {error.text}", error.place)
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
-    error = run(_without(groups, kept))
+    error = run(without(groups, kept))
     if error is not None:
         error = _tried_replaced(groups, kept, run, error)
     if error is not None:
@@ -105,97 +103,22 @@ def _freeze_unfollowed(groups: Groups, run: Run) -> None:
         freeze(groups, kept, why, error.place)
 
 
-def _hold_open(groups: Groups, run: Run) -> list[Family]:
-    """Let a replaced forward hold a size that stays as it is beside one that is left open (-1):
-    there any other number fits. Where it cannot be had, what changes the size stays.
-
-    Most sizes that no attribute holds are computed, and follow: a run of the cut network tells.
-    Returns the families that change sizes which a forward holds from now on.
-    """
-    alive = _without(groups, groups.units.families)
-    found = _open_sizes(groups, alive[groups.units.label])
-    if not found:
-        return []
-    watch = Watch()
-    run(alive, watch)
-    why, held = "no attribute holds a size beside one that is left open", []
-    for path, uses in found.items():
-        made = [numbers for at, _, numbers in watch.calls if at == path]
-        for step, size in (use for use in uses if _is_among(use[0].args[use[1].arg], made)):
-            changing = _changing(groups, size)
-            if path in groups.replaced.active or groups.replaced.enable([path], why):
-                held += changing
-            else:
-                freeze(groups, changing, why, place_of(step.node))
-    return held
-
-
-def _open_sizes(groups: Groups, left: Mask) -> dict[str, list[tuple[Step, Size]]]:
-    """Return by module the sizes beside open ones that change, but that neither an attribute nor
-    a replaced forward holds.
-    """
-    held = {id(size) for site in groups.sites for size in site.sizes}
-    found: dict[str, list[tuple[Step, Size]]] = {}
-    for step in groups.steps:
-        path = location(step.node)[0]
-        if path in groups.replaced.active or op_name(step.node) not in _VIEWS:
-            continue
-        for size in (x for x in step.sizes if id(x) not in held and _beside_open(step, x)):
-            if axis_size(size.labels, size.axis, left) != size.old:
-                found.setdefault(path, []).append((step, size))
-    return found
-
-
-def _beside_open(step: Step, size: Size) -> bool:
-    shape = step.args.get(size.arg)
-    if size.index is None or not isinstance(shape, list | tuple) or -1 not in shape:
-        return False
-    return size.labels.carries(size.axis - size.index + list(shape).index(-1))
-
-
-def _is_among(shape: Sequence[Any], calls: list[tuple[int, ...]]) -> bool:
-    """Whether a shape is what some call is given, as its last numbers."""
-    wanted = [x if isinstance(x, int) else None for x in shape]
-    return any(
-        len(given) >= len(wanted)
-        and all(x in (None, y) for x, y in zip(wanted, given[-len(wanted) :], strict=True))
-        for given in calls
-    )
-
-
-def _changing(groups: Groups, size: Size) -> list[Family]:
-    """Return the families by which a size changes."""
-    mine = np.zeros(groups.units.count, bool)
-    for layer in (x for x in size.labels.layers if size.axis in x.axes):
-        mine[groups.units.label[layer.ids].ravel()] = True
-    found = []
-    for family in groups.units.families:
-        if not mine[groups.units.closure(classes_of(family))].any():
-            continue
-        for least in (False, True):
-            left = _without(groups, [family], least=least)[groups.units.label]
-            if axis_size(size.labels, size.axis, left) != size.old:
-                found.append(family)
-                break
-    return found
-
-
 def _followed(groups: Groups, families: list[Family], run: Run) -> Failure | None:
     """Cut all at once; where the code of a class fails, replace its forwards and go on."""
-    error = run(_without(groups, families))
+    error = run(without(groups, families))
     while error is not None:
         paths = _of_one_class(groups, error.paths[:1])
         if not groups.replaced.enable(paths, error.text):
             return error
-        error = run(_without(groups, families))
+        error = run(without(groups, families))
     return None
 
 
 def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> Failure | None:
-    error = run(_without(groups, kind))
+    error = run(without(groups, kind))
     for part in (kind[::2], kind[1::2]) if halves else ():
         if error is None and part:
-            error = run(_without(groups, part, least=True))
+            error = run(without(groups, part, least=True))
     return error
 
 
@@ -298,22 +221,6 @@ def _suspects(groups: Groups) -> dict[object, list[Family]]:
         if key:
             found.setdefault((family.kind, key), []).append(family)
     return found
-
-
-def _without(groups: Groups, families: Iterable[Family], *, least: bool = False) -> Mask:
-    """Return the classes left when about half of the units of each family (or the last unit) are
-    gone.
-    """
-    alive = groups.everything()
-    for number, family in enumerate(families):
-        most = min(family.size, family.width - 1)  # not the same of all: two must not fit by chance
-        gone = 1 + (most // 2 + number) % most if most > 0 else 0
-        times = family.multiple
-        gone = min(-(-gone // times), most // times) * times
-        which = slice(family.size - times, None) if least and gone else slice(gone)
-        first = np.concatenate([cluster[: family.size][which] for cluster in family.clusters])
-        alive[groups.units.closure(first.tolist())] = False
-    return alive
 
 
 def _runner(groups: Groups) -> Run:

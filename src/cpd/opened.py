@@ -1,0 +1,95 @@
+"""Opened: sizes that code writes beside one that is left open (-1), where any other number fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .aliases import op_name
+from .graph import Step, place_of
+from .groups import Groups
+from .handed import Watch
+from .labels import Mask, axis_size
+from .rules import Size
+from .settle import classes_of, freeze, without
+from .trace import location
+from .units import Family
+
+_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten")
+
+
+def hold_open(groups: Groups, run: Callable[..., Any]) -> list[Family]:
+    """Let a replaced forward hold a size that stays as it is beside one that is left open (-1):
+    there any other number fits. Where it cannot be had, what changes the size stays.
+
+    Most sizes that no attribute holds are computed, and follow: a run of the cut network tells.
+    Returns the families that change sizes which a forward holds from now on.
+    """
+    alive = without(groups, groups.units.families)
+    found = _open_sizes(groups, alive[groups.units.label])
+    if not found:
+        return []
+    watch = Watch()
+    run(alive, watch)
+    why, held = "no attribute holds a size beside one that is left open", []
+    for path, uses in found.items():
+        made = [numbers for at, _, numbers in watch.calls if at == path]
+        for step, size in (use for use in uses if _is_among(use[0].args[use[1].arg], made)):
+            changing = _changing(groups, size)
+            if path in groups.replaced.active or groups.replaced.enable([path], why):
+                held += changing
+            else:
+                freeze(groups, changing, why, place_of(step.node))
+    return held
+
+
+def _open_sizes(groups: Groups, left: Mask) -> dict[str, list[tuple[Step, Size]]]:
+    """Return by module the sizes beside open ones that change, but that neither an attribute nor
+    a replaced forward holds.
+    """
+    held = {id(size) for site in groups.sites for size in site.sizes}
+    found: dict[str, list[tuple[Step, Size]]] = {}
+    for step in groups.steps:
+        path = location(step.node)[0]
+        if path in groups.replaced.active or op_name(step.node) not in _VIEWS:
+            continue
+        for size in (x for x in step.sizes if id(x) not in held and _beside_open(step, x)):
+            if axis_size(size.labels, size.axis, left) != size.old:
+                found.setdefault(path, []).append((step, size))
+    return found
+
+
+def _beside_open(step: Step, size: Size) -> bool:
+    shape = step.args.get(size.arg)
+    if size.index is None or not isinstance(shape, list | tuple) or -1 not in shape:
+        return False
+    return size.labels.carries(size.axis - size.index + list(shape).index(-1))
+
+
+def _is_among(shape: Sequence[Any], calls: list[tuple[int, ...]]) -> bool:
+    """Whether a shape is what some call is given, as its last numbers."""
+    wanted = [x if isinstance(x, int) else None for x in shape]
+    return any(
+        len(given) >= len(wanted)
+        and all(x in (None, y) for x, y in zip(wanted, given[-len(wanted) :], strict=True))
+        for given in calls
+    )
+
+
+def _changing(groups: Groups, size: Size) -> list[Family]:
+    """Return the families by which a size changes."""
+    mine = np.zeros(groups.units.count, bool)
+    for layer in (x for x in size.labels.layers if size.axis in x.axes):
+        mine[groups.units.label[layer.ids].ravel()] = True
+    found = []
+    for family in groups.units.families:
+        if not mine[groups.units.closure(classes_of(family))].any():
+            continue
+        for least in (False, True):
+            left = without(groups, [family], least=least)[groups.units.label]
+            if axis_size(size.labels, size.axis, left) != size.old:
+                found.append(family)
+                break
+    return found
