@@ -138,6 +138,24 @@ def test_of_two_attributes_of_one_value_the_one_that_reaches_the_call():
     assert held(groups) == {("", "heads")}
 
 
+def test_a_number_that_values_are_divided_by_keeps_its_size():
+    class Points(nn.Module):
+        """Offsets of four points for each head, over the number of points."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.points, self.heads = 4, 3
+            self.make, self.back = nn.Linear(6, 12), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            offsets = self.make(x).view(len(x), self.heads, self.points)
+            return self.back((offsets / self.points).tanh().amax(2) * 2)
+
+    groups = proved(randomised(Points()), sample(4, 6))
+    assert [(f.kind, f.size) for f in groups.units.families] == [("channels", 3)]
+    assert "computes with this size" in str(groups)
+
+
 @pytest.mark.parametrize("way", [int, lambda n: n * 1, lru_cache(lambda n: n)])
 def test_a_number_that_code_computes_with_may_be_handed_on(way):
     way(2)  # a cache knows the answer for an equal number

@@ -31,6 +31,8 @@ from .trace import Inputs, Trace, location, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
 from .units import Family, Units, solve
 
+_BY_NUMBER = ("mul", "div")
+
 
 def comb(
     model: nn.Module,
@@ -82,6 +84,7 @@ def comb(
     handed_on = HandedOn(model, graph)
     _freeze_unheld(model, reader, replaced, handed_on)
     _balance_shared(model, reader, handed_on)
+    _freeze_operands(model, reader, handed_on)
     freeze_computed_scales(model, reader, replaced)
     own_scale = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     pins = pin_queries(reader, replaced, own_scale)
@@ -228,6 +231,32 @@ def _freeze_unheld(
             reader.at(step.node)
             for layer in (x for x in size.labels.layers if size.axis in x.axes):
                 reader.channels.freeze(layer.ids, why)
+    reader.at(None)
+
+
+def _freeze_operands(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
+    """Keep the sizes that an attribute holds where the code multiplies or divides by it as well:
+    a cut would change the values, not only the shapes.
+    """
+    operands = {
+        (location(step.node)[0], other): step.node
+        for step in reader.steps
+        for other in [step.args.get("other")]
+        if op_name(step.node).rstrip("_") in _BY_NUMBER and isinstance(other, int) and other > 1
+    }
+    for site in find_sites(model, _uses(reader), handed_on) if operands else ():
+        node = operands.get((site.path, site.sizes[0].old))
+        holder = (site.path, site.attribute, site.index)
+        if node is None:
+            continue
+        handed_on.ask([holder])
+        if not any(handed_on(holder, site.path, name) for name in _BY_NUMBER):
+            continue
+        reader.at(node)
+        for size in site.sizes:
+            layer = size.labels.at(size.axis, reader.channels)
+            if layer is not None:
+                reader.channels.freeze_inner(layer.ids, "the code computes with this size")
     reader.at(None)
 
 

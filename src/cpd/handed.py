@@ -29,6 +29,11 @@ _ALIKE = {
     "split_with_sizes": "split",
     "unsafe_split": "split",
     "slice": "__getitem__",
+    "mul_": "mul",
+    "multiply": "mul",
+    "div_": "div",
+    "divide": "div",
+    "true_divide": "div",
 }
 
 
