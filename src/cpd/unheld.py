@@ -1,0 +1,92 @@
+"""Unheld: literal sizes that cannot follow by an attribute, kept before anything is solved."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from .aliases import op_name
+from .channels import Ids
+from .graph import Reader
+from .handed import HandedOn
+from .replace import Replacements
+from .sizes import Use, find_sites
+from .trace import location
+
+_BY_NUMBER = ("mul", "div")
+
+
+def uses(reader: Reader) -> list[Use]:
+    """Return every literal size that a call carries."""
+    return [
+        Use(location(step.node)[0], op_name(step.node), size)
+        for step in reader.steps
+        for size in step.sizes
+    ]
+
+
+def balance_shared(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
+    """Where one attribute is the width of rows of several tensors, they keep the same number."""
+    for site in find_sites(model, uses(reader), handed_on):
+        rows: dict[bytes, Ids] = {}
+        for size in site.sizes:
+            layer = size.labels.owned(size.axis)
+            if layer is not None and (layer.ids.ndim > 1 or size.arg == "split_sizes"):
+                rows[layer.ids.tobytes()] = layer.ids.reshape(-1, size.old)
+        if len(rows) > 1:
+            reader.channels.nest(np.concatenate(list(rows.values())))
+            for whole in (row for row in rows.values() if len(row) == 1):  # not one of many heads
+                blocks = reader.channels.rows(whole)
+                reader.channels.freeze(blocks, "one of equal parts, must not vanish")
+
+
+def freeze_unheld(
+    model: nn.Module, reader: Reader, replaced: Replacements, handed_on: HandedOn
+) -> None:
+    """Keep what moves the bound of a slice that neither an attribute nor a replaced forward holds.
+
+    A half may be computed: where it is not, what reads it meets another shape. What is written
+    through a slice meets none, so there it counts as well.
+    """
+    written = {node for step in reader.steps for node in step.written}
+    sites = find_sites(model, uses(reader), handed_on)
+    held = {id(size) for site in sites for size in site.sizes}
+    for step in reader.steps:
+        for size in step.sizes:
+            whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
+            half = 2 * size.old == whole and step.node not in written
+            if not whole or id(size) in held or half:
+                continue
+            path, why = location(step.node)[0], "no attribute holds the bound of a slice"
+            if path in replaced.active or replaced.enable([path], why):
+                continue
+            reader.at(step.node)
+            for layer in (x for x in size.labels.layers if size.axis in x.axes):
+                reader.channels.freeze(layer.ids, why)
+    reader.at(None)
+
+
+def freeze_operands(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
+    """Keep the sizes that an attribute holds where the code multiplies or divides by it as well:
+    a cut would change the values, not only the shapes.
+    """
+    operands = {
+        (location(step.node)[0], other): step.node
+        for step in reader.steps
+        for other in [step.args.get("other")]
+        if op_name(step.node).rstrip("_") in _BY_NUMBER and isinstance(other, int) and other > 1
+    }
+    for site in find_sites(model, uses(reader), handed_on) if operands else ():
+        node = operands.get((site.path, site.sizes[0].old))
+        holder = (site.path, site.attribute, site.index)
+        if node is None:
+            continue
+        handed_on.ask([holder])
+        if not any(handed_on(holder, site.path, name) for name in _BY_NUMBER):
+            continue
+        reader.at(node)
+        for size in site.sizes:
+            layer = size.labels.at(size.axis, reader.channels)
+            if layer is not None:
+                reader.channels.freeze_inner(layer.ids, "the code computes with this size")
+    reader.at(None)
