@@ -39,6 +39,11 @@ class Site:
     index: int | None
     sizes: tuple[Size, ...]
 
+    @property
+    def holder(self) -> Holder:
+        """Where the number is."""
+        return self.path, self.attribute, self.index
+
     def value(self, alive: Mask) -> int | None:
         """Return the new value, or None where the sizes disagree.
 
@@ -53,7 +58,6 @@ class Site:
 def find_sites(model: nn.Module, uses: Iterable[Use], handed_on: HandedOn) -> list[Site]:
     """Return the attributes behind literal sizes."""
     uses, unsure = list(uses), set[Holder]()
-
     for use in uses:
         _places(model, use, lambda holder, *_: unsure.add(holder), lambda _: False)
     handed_on.ask(unsure)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import nn
 
 from .aliases import op_name
 from .channels import Ids
 from .graph import Reader
 from .handed import HandedOn
 from .replace import Replacements
-from .sizes import Use, find_sites
+from .sizes import Site, Use
 from .trace import location
 
 _BY_NUMBER = ("mul", "div")
@@ -25,9 +24,9 @@ def uses(reader: Reader) -> list[Use]:
     ]
 
 
-def balance_shared(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
+def balance_shared(reader: Reader, sites: list[Site]) -> None:
     """Where one attribute is the width of rows of several tensors, they keep the same number."""
-    for site in find_sites(model, uses(reader), handed_on):
+    for site in sites:
         rows: dict[bytes, Ids] = {}
         for size in site.sizes:
             layer = size.labels.owned(size.axis)
@@ -40,16 +39,13 @@ def balance_shared(model: nn.Module, reader: Reader, handed_on: HandedOn) -> Non
                 reader.channels.freeze(blocks, "one of equal parts, must not vanish")
 
 
-def freeze_unheld(
-    model: nn.Module, reader: Reader, replaced: Replacements, handed_on: HandedOn
-) -> None:
+def freeze_unheld(reader: Reader, replaced: Replacements, sites: list[Site]) -> None:
     """Keep what moves the bound of a slice that neither an attribute nor a replaced forward holds.
 
     A half may be computed: where it is not, what reads it meets another shape. What is written
     through a slice meets none, so there it counts as well.
     """
     written = {node for step in reader.steps for node in step.written}
-    sites = find_sites(model, uses(reader), handed_on)
     held = {id(size) for site in sites for size in site.sizes}
     for step in reader.steps:
         for size in step.sizes:
@@ -66,7 +62,7 @@ def freeze_unheld(
     reader.at(None)
 
 
-def freeze_operands(model: nn.Module, reader: Reader, handed_on: HandedOn) -> None:
+def freeze_operands(reader: Reader, sites: list[Site], handed_on: HandedOn) -> None:
     """Keep the sizes that an attribute holds where the code multiplies or divides by it as well:
     a cut would change the values, not only the shapes.
     """
@@ -76,15 +72,12 @@ def freeze_operands(model: nn.Module, reader: Reader, handed_on: HandedOn) -> No
         for other in [step.args.get("other")]
         if op_name(step.node).rstrip("_") in _BY_NUMBER and isinstance(other, int) and other > 1
     }
-    for site in find_sites(model, uses(reader), handed_on) if operands else ():
-        node = operands.get((site.path, site.sizes[0].old))
-        holder = (site.path, site.attribute, site.index)
-        if node is None:
-            continue
-        handed_on.ask([holder])
-        if not any(handed_on(holder, site.path, name) for name in _BY_NUMBER):
-            continue
-        reader.at(node)
+    found = [site for site in sites if (site.path, site.sizes[0].old) in operands]
+    handed_on.ask([site.holder for site in found])
+    for site in found:
+        if not any(handed_on(site.holder, site.path, name) for name in _BY_NUMBER):
+            continue  # another number of this value
+        reader.at(operands[site.path, site.sizes[0].old])
         for size in site.sizes:
             layer = size.labels.at(size.axis, reader.channels)
             if layer is not None:
