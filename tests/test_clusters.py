@@ -7,7 +7,7 @@ import pytest
 
 from cpd.channels import Channels
 from cpd.clusters import columns_of, in_step
-from cpd.units import solve
+from cpd.solver import solve
 
 
 def ids(*numbers: int) -> np.ndarray:
@@ -46,9 +46,12 @@ def test_what_cannot_keep_step(
 def test_a_column_that_is_an_item_leads_on() -> None:
     inner = (ids(0, 1, 2, 3).reshape(2, 2), ids(8, 9))
     outer = (ids(4, 5, 6, 7).reshape(2, 2), ids(0, 1))
-    assert columns_of([outer, inner]) == {
-        0: 8, 1: 9, 2: 8, 3: 9, 4: 8, 5: 9, 6: 8, 7: 9,
-    }  # fmt: skip
+    columns, known = columns_of([outer, inner]).of(ids(*range(9)))
+    assert columns.tolist() == [8, 9, 8, 9, 8, 9, 8, 9, 8]
+    assert known.tolist() == [True] * 8 + [False]
+    nothing, known = columns_of([]).of(ids(3, 1))
+    assert nothing.tolist() == [3, 1]
+    assert not known.any()
 
 
 def test_halves_that_turn_together_and_plain_rows_lose_as_many() -> None:

@@ -19,7 +19,8 @@ from cpd.labels import (
     permute,
     reshape,
 )
-from cpd.units import Units, solve
+from cpd.solver import solve
+from cpd.units import Units
 
 SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)
 

@@ -286,6 +286,47 @@ def test_code_that_fails_for_one_reason_is_not_tried_again_and_again(monkeypatch
     assert len(tried) == 3
 
 
+class Meeting(nn.Module):
+    """Computes with the width that it meets, around code that cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Measured(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, length, width = x.shape
+        return self.inner(x.reshape(n * length, width).tanh().view(n, length, width))
+
+
+class Flat(nn.Module):
+    """Writes the width of its input, so that a layer inside fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.reshape(-1, 24)).tanh().mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(("module", "at_fault"), [(Meeting, False), (Flat, True)])
+def test_only_code_that_is_at_fault_is_replaced(module, at_fault, monkeypatch) -> None:
+    """Around code that fails, a forward is captured only where it gave a call an old number."""
+    tried = []
+    capture = cpd.replace.capture
+    monkeypatch.setattr(
+        cpd.replace, "capture", lambda one, *more: tried.append(type(one)) or capture(one, *more)
+    )
+    model = nn.Sequential(nn.Linear(6, 24), module(), nn.Linear(24, 5)).eval()
+    x = torch.randn(4, 6) if module is Flat else torch.randn(2, 7, 6)
+    groups = cpd.comb(model, x)
+    assert (module in tried) == at_fault
+    assert ("1" in groups.replaced.active) == at_fault
+    assert any(g.name == "0" for g in groups) == at_fault
+    small, plan = pruned(model, x, unreachable="closest")
+    assert cpd.verify(model, small, plan, x)
+
+
 class Elsewhere(nn.Module):
     """Attention whose code also uses what it computed once, or reads values."""
 

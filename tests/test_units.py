@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpd.channels import Channels
-from cpd.units import Family, solve
+from cpd.solver import solve
+from cpd.units import Family
 
 
 def kinds(families: list[Family]) -> list[tuple[str, int, int]]:

@@ -114,11 +114,12 @@ def _graph(
 
 
 def _made(run: Any, *args: Any) -> fx.GraphModule:
-    try:
-        make = proxy_tensor.make_fx(
-            run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
-        )
-        return make(*args)
+    make = proxy_tensor.make_fx(
+        run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
+    )
+    try:  # layouts of symbolic sizes take their time, and nothing here reads them
+        with patch.object(proxy_tensor, "_extract_tensor_metadata", lambda _: None):
+            return make(*args)
     except Uncapturable:
         raise
     except Exception as error:

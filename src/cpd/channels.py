@@ -1,7 +1,7 @@
 """Channel ids: which indices of which tensors live and die together.
 
 Every index of every axis that may shrink carries an integer *id*. Three relations are recorded
-while the graph of a network is read, and solved once at the end (`cpd.units`):
+while the graph of a network is read, and solved once at the end (`cpd.solver`):
 
 - **union**: two ids are the same channel;
 - **freeze**: a channel that must stay, with the reason; **keep one**: of a run, one channel must

@@ -11,38 +11,71 @@ NumPy only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import gcd, lcm
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .channels import Ids
 
 Key = bytes
 
 
-def columns_of(tied: Iterable[tuple[Ids, Ids]]) -> dict[int, int]:
-    """Return item -> column for the items (rows, columns) and columns of tied folds; a column that
-    is an item of another one leads on to its column.
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the items of tied folds: `items` in order, and the column of each."""
+
+    items: Ids
+    columns: Ids
+
+    def of(self, items: Ids) -> tuple[Ids, NDArray[np.bool_]]:
+        """Return the column of each item, or itself where it has none, and which have one."""
+        if not len(self.items):
+            return items, np.zeros(items.shape, bool)
+        at = np.searchsorted(self.items, items).clip(max=len(self.items) - 1)
+        known = self.items[at] == items
+        return np.where(known, self.columns[at], items), known
+
+
+def columns_of(tied: Sequence[tuple[Ids, Ids]]) -> Columns:
+    """Return the columns of the items (rows, columns) of tied folds; a column that is an item of
+    another one leads on to its column.
     """
-    found: dict[int, int] = {}
-    for items, columns in tied:
-        of_items = np.broadcast_to(columns, items.shape).ravel().tolist()
-        found.update(zip(items.ravel().tolist(), of_items, strict=True))
+    empty = [np.empty(0, np.int64)]
+    items = np.concatenate([x.ravel() for x, _ in reversed(tied)] or empty)
+    columns = np.concatenate(
+        [np.broadcast_to(c, x.shape).ravel() for x, c in reversed(tied)] or empty
+    )
+    distinct, first = np.unique(items, return_index=True)
+    found = Columns(distinct, columns[first])
     for _ in range(4):
-        further = {
-            item: found[column]
-            for item, column in found.items()
-            if column in found and found[column] != column
-        }
-        if not further:
+        further, _ = found.of(found.columns)
+        if (further == found.columns).all():
             break
-        found |= further
+        found = Columns(distinct, further)
     return found
 
 
+def sets_of(rows: Ids) -> list[tuple[Ids, Ids]]:
+    """Return for each row of an array its items, once each and in order, and how often they are
+    there.
+    """
+    ordered = np.sort(rows, axis=1)
+    first = np.ones(rows.shape, bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    once = np.ones(rows.shape[1], np.int64)
+    if first.all():
+        return [(row, once) for row in ordered]
+    places = [np.flatnonzero(new) for new in first]
+    return [
+        (row[at], np.diff(at, append=len(row))) for row, at in zip(ordered, places, strict=True)
+    ]
+
+
 def relate(
-    rows: Ids, clusters: dict[Key, Ids], column_of: Mapping[int, int], *, tied: bool
-) -> tuple[dict[Key, int] | None, set[int]]:
+    rows: Ids, clusters: dict[Key, Ids], columns: Columns, *, tied: bool
+) -> tuple[dict[Key, int] | None, Ids]:
     """Add the clusters of a fold's rows; return how many entries of a row a channel of each is, and
     the channels in no tied fold.
 
@@ -50,19 +83,18 @@ def relate(
     width, or goes, and so do those that keep the same number.
     """
     relation: dict[Key, int] = {}
-    taken: set[int] = set()
     odd = whole = False
-    for row in rows.tolist():
-        free = not any(item in column_of for item in row)
-        if free:
-            taken |= set(row)
-        items, counts = np.unique([column_of.get(k, k) for k in row], return_counts=True)
-        if len(items) == 1 < len(row) and not column_of:
+    mapped, known = columns.of(rows)
+    loose = known.sum(axis=1) == 0
+    for free, (items, counts) in zip(loose, sets_of(mapped), strict=True):
+        key = items.tobytes()
+        if len(items) == 1 < rows.shape[1] and not len(columns.items):
             whole = True
         elif free or tied:
-            clusters.setdefault(items.tobytes(), items)
-        odd |= items.tobytes() not in clusters or int(counts.min()) < int(counts.max())
-        relation[items.tobytes()] = int(counts[0])
+            clusters.setdefault(key, items)
+        odd |= key not in clusters or int(counts.min()) < int(counts.max())
+        relation[key] = int(counts[0])
+    taken = rows[loose].ravel()
     if whole or (odd and len(relation) > 1):
         return None, taken
     return {} if odd else relation, taken
@@ -127,8 +159,8 @@ def _spread(mine: dict[Key, int], relation: Mapping[Key, int]) -> None:
 
 def share_items(clusters: Iterable[Ids]) -> bool:
     """Say whether an item is in two clusters, or twice in one."""
-    flat = np.concatenate(list(clusters))
-    return len(np.unique(flat)) < len(flat)
+    flat = np.sort(np.concatenate(list(clusters)))
+    return bool((flat[1:] == flat[:-1]).any())
 
 
 def equal_rows(

@@ -25,11 +25,12 @@ from .labels import Labels, Layer
 from .pins import freeze_computed_scales, pin_queries
 from .replace import Replacements
 from .sizes import Site, find_sites
+from .solver import solve
 from .terms import Terms, factors_of
 from .trace import Inputs, Trace, named_tensors, trace, used_tensors
 from .trial import freeze_unfollowed
 from .unheld import balance_shared, freeze_operands, freeze_unheld, uses
-from .units import Family, Units, solve
+from .units import Family, Units
 
 
 def comb(

@@ -1,8 +1,11 @@
-"""Opened: sizes that code writes beside one that is left open (-1), where any other number fits."""
+"""Opened: which code writes sizes that do not follow a cut, as a run of the cut network tells.
+
+Beside one that is left open (-1) any other number fits, so nothing else shows it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,28 @@ def hold_open(groups: Groups, run: Callable[..., Any]) -> list[Family]:
             else:
                 freeze(groups, changing, why, place_of(step.node))
     return held
+
+
+def at_fault(
+    groups: Groups, alive: Mask, paths: Iterable[str], run: Callable[..., Any]
+) -> tuple[list[str], Any]:
+    """Return those modules whose code gives some call a number that does not follow a cut, until
+    it fails, and how it does. What computes with the sizes that it meets is none of them.
+    """
+    of_ids = alive[groups.units.label]
+    stale: dict[str, set[int]] = {path: set() for path in paths}
+    for step, size in ((x, size) for x in groups.steps for size in x.sizes):
+        path = location(step.node)[0]
+        if path in stale and axis_size(size.labels, size.axis, of_ids) != size.old:
+            stale[path].add(size.old)
+    watch, given = Watch(), dict[str, set[int]]()
+    failure = run(alive, watch)
+    for path, _, numbers in watch.calls:
+        given.setdefault(path, set()).update(numbers)
+    first = {id(module): path for path, module in groups.model.named_modules()}
+    name = {path: first[id(groups.model.get_submodule(path))] for path in stale}
+    found = [path for path, old in stale.items() if old & given.get(name[path], set())]
+    return found, failure
 
 
 def _open_sizes(groups: Groups, left: Mask) -> dict[str, list[tuple[Step, Size]]]:

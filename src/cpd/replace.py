@@ -32,6 +32,7 @@ from .recorded import Recorded
 from .rules import Size
 from .trace import Trace, location, named_tensors
 
+_SPARSE = 8  # numbers to one that is there
 _ENOUGH = 3  # modules of one class that fail for one reason: others are not tried
 
 
@@ -173,7 +174,7 @@ class Replacements:
     def passing(self, path: str) -> Ids:
         """Return the ids of all that a module and its children compute with."""
         inside = [k for k in self.steps if not path or f"{k}.".startswith(f"{path}.")]
-        return np.unique(np.concatenate([np.empty(0, np.int64), *(self._own[k] for k in inside)]))
+        return _distinct([self._own[k] for k in inside])
 
     @cached_property
     def _own(self) -> dict[str, Ids]:
@@ -184,8 +185,7 @@ class Replacements:
             for value in pytree.tree_leaves([[x.out, list(x.args.values())] for x in steps]):
                 if isinstance(value, Labels):
                     ids.update({id(layer.ids): layer.ids for layer in value.layers})
-            flat = [np.empty(0, np.int64), *(x.ravel() for x in ids.values())]
-            found[path] = np.unique(np.concatenate(flat))
+            found[path] = _distinct(list(ids.values()))
         return found
 
     def _capture(self, module: nn.Module, calls: list[Data], children: list[Returned]) -> Forward:
@@ -200,6 +200,17 @@ class Replacements:
         if isinstance(found, str):
             raise Uncapturable(found)
         return found
+
+
+def _distinct(several: list[Ids]) -> Ids:
+    """Return every id in several arrays once, in order."""
+    flat = np.concatenate([np.empty(0, np.int64), *(ids.ravel() for ids in several)])
+    low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
+    if high - low > _SPARSE * flat.size:
+        return np.unique(flat)
+    there = np.zeros(high - low + 1, bool)  # sorting takes its time
+    there[flat - low] = True
+    return np.flatnonzero(there) + low if flat.size else flat
 
 
 _OF_ANY = frozenset(vars(nn.Module()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from traceback import extract_tb
 from typing import Any
@@ -28,7 +28,7 @@ from .groups import Groups
 from .handed import Watch
 from .labels import Mask, new_shape
 from .on_meta import OnMeta
-from .opened import hold_open
+from .opened import at_fault, hold_open
 from .replace import Disagreement
 from .settle import classes_of, freeze, settle, without
 from .sizes import NORM_AND_CONV, attribute_values
@@ -40,13 +40,15 @@ from .units import Family
 @dataclass(frozen=True)
 class Failure:
     """What a trial ended with, the modules in whose code it did, from the inside out, and the
-    "file:line" of it. `call`: the call of the traced graph, where no code failed.
+    "file:line" of it. `call`: the call of the traced graph, where no code failed. `alive`: what
+    was left.
     """
 
     text: str
     paths: tuple[str, ...] = ()
     source: str = ""
     call: fx.Node | None = None
+    alive: Mask | None = field(default=None, repr=False, compare=False)
 
     @property
     def place(self) -> Place:
@@ -125,16 +127,17 @@ def _tried(groups: Groups, kind: list[Family], run: Run, *, halves: bool) -> Fai
 def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure) -> Failure | None:
     """Try again with replaced forwards, where the code failed and wherever it is the same code.
 
-    Around the module whose code failed only those can help that have a size to be changed: the
-    forward of another would be the calls that its code makes. Where the code runs but puts out
-    other shapes, the modules that hold the sizes are taken.
+    Around the module whose code failed only those can help that have a size to be changed, and
+    whose code was seen to use the old one: the forward of another would be the calls that its code
+    makes. Where the code runs but puts out other shapes, the modules that hold the sizes are taken.
     """
     enabled: list[str] = []
     again: Failure | None = error
     holders = _holders(groups, kind)
     while again is not None:
-        around = tuple(path for path in again.paths[1:] if path in holders)
-        paths = _of_one_class(groups, (*again.paths[:1], *around)) or _touched(groups, kind)
+        faulty = _at_fault(groups, again, kind, holders, run)
+        around = tuple(path for path in again.paths[1:] if path in faulty)
+        paths = _of_one_class(groups, (*again.paths[:1], *around)) or _touched(groups, faulty)
         added = groups.replaced.enable(paths, again.text)
         if not added:
             groups.replaced.disable(enabled)
@@ -144,6 +147,23 @@ def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure
         enabled += added
         again = _tried(groups, kind, run, halves=True)
     return None
+
+
+def _at_fault(
+    groups: Groups, failure: Failure, kind: list[Family], holders: dict[str, bool], run: Run
+) -> dict[str, bool]:
+    """Return the holders that no run clears: of what failed, or of what has one unit less of each
+    family, where no new width is the old one of another.
+    """
+    both_ways = any(t.others for t in groups.replaced.active.values())
+    if failure.alive is None or both_ways or not holders:
+        return holders
+    found, _ = at_fault(groups, failure.alive, holders, run)
+    others = [p for p in found if p not in failure.paths[:1] and p not in groups.replaced.why_not]
+    if others:
+        clearer, other = at_fault(groups, without(groups, kind, least=True), found, run)
+        found = clearer if other is None or other.paths == failure.paths else found
+    return {path: holders[path] for path in found}
 
 
 def _of_one_class(groups: Groups, paths: tuple[str, ...]) -> list[str]:
@@ -158,13 +178,10 @@ def _of_one_class(groups: Groups, paths: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _touched(groups: Groups, kind: list[Family]) -> list[str]:
-    """Return the modules whose literals the families change; those that no attribute holds
-    first.
-    """
-    found = _holders(groups, kind)
-    open_ = [path for path, held in found.items() if not held]
-    return open_ if set(open_) - set(groups.replaced.active) else list(found)
+def _touched(groups: Groups, holders: dict[str, bool]) -> list[str]:
+    """Return the modules whose literals change; those that no attribute holds first."""
+    open_ = [path for path, held in holders.items() if not held]
+    return open_ if set(open_) - set(groups.replaced.active) else list(holders)
 
 
 def _holders(groups: Groups, kind: list[Family]) -> dict[str, bool]:
@@ -230,7 +247,8 @@ def _runner(groups: Groups) -> Run:
 
     def cut(alive: Mask, device: str, expected: Any, watch: Watch | None = None) -> Failure | None:
         mode = modes.get(device) or nullcontext()
-        return _run(groups.model, groups, alive, device, mode, expected, watch)
+        failure = _run(groups.model, groups, alive, device, mode, expected, watch)
+        return None if failure is None else replace(failure, alive=alive)
 
     @lru_cache(maxsize=1)
     def device() -> str:
