@@ -49,6 +49,8 @@ def test_a_column_that_is_an_item_leads_on() -> None:
     columns, known = columns_of([outer, inner]).of(ids(*range(9)))
     assert columns.tolist() == [8, 9, 8, 9, 8, 9, 8, 9, 8]
     assert known.tolist() == [True] * 8 + [False]
+    twice, _ = columns_of([(ids(0, 1, 2, 0).reshape(2, 2), ids(8, 9))]).of(ids(0, 1, 2))
+    assert twice.tolist() == [9, 9, 8]  # the last counts
     nothing, known = columns_of([]).of(ids(3, 1))
     assert nothing.tolist() == [3, 1]
     assert not known.any()

@@ -42,11 +42,10 @@ def columns_of(tied: Sequence[tuple[Ids, Ids]]) -> Columns:
     """Return the columns of the items (rows, columns) of tied folds; a column that is an item of
     another one leads on to its column.
     """
-    empty = [np.empty(0, np.int64)]
-    items = np.concatenate([x.ravel() for x, _ in reversed(tied)] or empty)
-    columns = np.concatenate(
-        [np.broadcast_to(c, x.shape).ravel() for x, c in reversed(tied)] or empty
-    )
+    pairs = [(x.ravel(), np.broadcast_to(columns, x.shape).ravel()) for x, columns in tied]
+    empty = np.empty(0, np.int64)
+    items = np.concatenate([empty, *(x for x, _ in pairs)])[::-1]  # of two columns the last counts
+    columns = np.concatenate([empty, *(of_items for _, of_items in pairs)])[::-1]
     distinct, first = np.unique(items, return_index=True)
     found = Columns(distinct, columns[first])
     for _ in range(4):

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
@@ -205,6 +206,8 @@ def _numbers(values: Any) -> Iterator[int]:
     """Every number among arguments, in order."""
     if isinstance(values, int):
         yield values
+    elif isinstance(values, np.integer):
+        yield int(values)
     elif isinstance(values, slice):
         yield from _numbers((values.start, values.stop, values.step))
     elif isinstance(values, list | tuple):

@@ -5,7 +5,8 @@ Beside one that is left open (-1) any other number fits, so nothing else shows i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from .settle import classes_of, freeze, without
 from .trace import location
 from .units import Family
 
+Call = tuple[str, tuple[int, ...]]  # its name, its numbers
+_LEAST = -8  # a number below is no axis, but counts channels from the end
 _VIEWS = ("view", "reshape", "_unsafe_view", "unflatten")
 
 
@@ -50,24 +53,41 @@ def hold_open(groups: Groups, run: Callable[..., Any]) -> list[Family]:
 
 def at_fault(
     groups: Groups, alive: Mask, paths: Iterable[str], run: Callable[..., Any]
-) -> tuple[list[str], Any]:
-    """Return those modules whose code gives some call a number that does not follow a cut, until
-    it fails, and how it does. What computes with the sizes that it meets is none of them.
+) -> list[str]:
+    """Return those modules whose code gives some call another number than it should after a cut,
+    until it fails: an old one, or one that it computes of what it meets. All of them, where no
+    calls are seen.
     """
     of_ids = alive[groups.units.label]
-    stale: dict[str, set[int]] = {path: set() for path in paths}
+    should: dict[str, dict[int, set[int]]] = {path: {} for path in paths}
     for step, size in ((x, size) for x in groups.steps for size in x.sizes):
         path = location(step.node)[0]
-        if path in stale and axis_size(size.labels, size.axis, of_ids) != size.old:
-            stale[path].add(size.old)
-    watch, given = Watch(), dict[str, set[int]]()
-    failure = run(alive, watch)
-    for path, _, numbers in watch.calls:
-        given.setdefault(path, set()).update(numbers)
+        if path in should:
+            new = axis_size(size.labels, size.axis, of_ids)
+            should[path].setdefault(size.old, set()).add(new)
+    calls = []
+    for left in (groups.everything(), alive):
+        watch = Watch()
+        run(left, watch)
+        calls.append(watch.calls)
+    if not all(calls):
+        return list(should)
     first = {id(module): path for path, module in groups.model.named_modules()}
-    name = {path: first[id(groups.model.get_submodule(path))] for path in stale}
-    found = [path for path, old in stale.items() if old & given.get(name[path], set())]
-    return found, failure
+    found = []
+    for path, becomes in should.items():
+        name = first[id(groups.model.get_submodule(path))]
+        before, after = ([call[1:] for call in made if call[0] == name] for made in calls)
+        if len(after) > len(before) or not all(map(partial(_follows, becomes), before, after)):
+            found.append(path)
+    return found
+
+
+def _follows(becomes: Mapping[int, set[int]], before: Call, after: Call) -> bool:
+    """Whether a call of the cut network has the numbers that it should."""
+    (name, old), (other, new) = before, after
+    return (name, len(old)) == (other, len(new)) and all(
+        x >= _LEAST and y in becomes.get(x, (x,)) for x, y in zip(old, new, strict=True)
+    )
 
 
 def _open_sizes(groups: Groups, left: Mask) -> dict[str, list[tuple[Step, Size]]]:

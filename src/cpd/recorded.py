@@ -41,14 +41,15 @@ class Recorded:
         model, device = _copy_in(self.model, None), "meta"
         modes: tuple[Mode, ...] = (OnMeta(), nullcontext())
         for mode in modes:
-            first = self._first(model, device, mode)
-            if first:
+            whole = _runs(model, self.paths, mode, *self._varied(device, 1))
+            if whole:
                 break
-        if not first and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
+        if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
             return {}  # there are no values to run it on
-        if not first:
+        if not whole:
             model, device, self.on_values = self.model, "cpu", True
-            first = self._first(model, device, mode)
+            whole = _runs(model, self.paths, mode, *self._varied(device, 1))
+        first = _runs(model, self.paths, mode, *self._varied(device, 2)) or whole
         calls = {path: list(given) for path, (given, _) in first.items()}
         self.children = {path: list(made) for path, (_, made) in first.items()}
 
@@ -64,14 +65,6 @@ class Recorded:
         if device == "meta":
             self._lengthen(partial(vary, 2))
         return calls
-
-    def _first(self, model: nn.Module, device: str, mode: Mode) -> dict[str, Any]:
-        """Run with twice the batch, or with the batch where the model does not bear more."""
-        for times in (2, 1):
-            found = _runs(model, self.paths, mode, *self._varied(device, times))
-            if found:
-                return found
-        return {}
 
     @cached_property
     def longer(self) -> dict[str, list[Data]]:

@@ -135,7 +135,7 @@ def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure
     again: Failure | None = error
     holders = _holders(groups, kind)
     while again is not None:
-        faulty = _at_fault(groups, again, kind, holders, run)
+        faulty = _at_fault(groups, again, holders, run)
         around = tuple(path for path in again.paths[1:] if path in faulty)
         paths = _of_one_class(groups, (*again.paths[:1], *around)) or _touched(groups, faulty)
         added = groups.replaced.enable(paths, again.text)
@@ -150,19 +150,13 @@ def _tried_replaced(groups: Groups, kind: list[Family], run: Run, error: Failure
 
 
 def _at_fault(
-    groups: Groups, failure: Failure, kind: list[Family], holders: dict[str, bool], run: Run
+    groups: Groups, failure: Failure, holders: dict[str, bool], run: Run
 ) -> dict[str, bool]:
-    """Return the holders that no run clears: of what failed, or of what has one unit less of each
-    family, where no new width is the old one of another.
-    """
+    """Return the holders that a run of what failed does not clear."""
     both_ways = any(t.others for t in groups.replaced.active.values())
     if failure.alive is None or both_ways or not holders:
         return holders
-    found, _ = at_fault(groups, failure.alive, holders, run)
-    others = [p for p in found if p not in failure.paths[:1] and p not in groups.replaced.why_not]
-    if others:
-        clearer, other = at_fault(groups, without(groups, kind, least=True), found, run)
-        found = clearer if other is None or other.paths == failure.paths else found
+    found = at_fault(groups, failure.alive, holders, run)
     return {path: holders[path] for path in found}
 
 
