@@ -373,13 +373,13 @@ class Elsewhere(nn.Module):
 def test_trials_compute_nothing_where_that_is_possible(values, place, monkeypatch) -> None:
     """A tensor held elsewhere is taken along; code that reads values gets them."""
     used = []
-    run = cpd.trial._run
+    run = cpd.runs._run
 
     def watched(*args: object) -> object:
         used.append((args[3], error := run(*args)))
         return error
 
-    monkeypatch.setattr(cpd.trial, "_run", watched)
+    monkeypatch.setattr(cpd.runs, "_run", watched)
     model = nn.Sequential(nn.Linear(6, 24), Elsewhere(values), nn.Linear(24, 5)).eval()
     model(torch.randn(1, 2, 6))
     groups = cpd.comb(model, torch.randn(2, 7, 6))
@@ -388,3 +388,14 @@ def test_trials_compute_nothing_where_that_is_possible(values, place, monkeypatc
     assert not [at for at, _ in used if at == "cpu"]
     small, plan = pruned(model, torch.randn(2, 7, 6))
     assert cpd.verify(model, small, plan, torch.randn(2, 7, 6))
+
+
+@pytest.mark.parametrize("seen", [([], [("", "view", (2,))]), ([("", "view", (2,))], [])])
+def test_where_no_calls_are_seen_no_code_is_cleared(seen) -> None:
+    """A network that fails before anything runs tells nothing about the code of its modules."""
+    model = nn.Sequential(nn.Linear(6, 24), Flat(), nn.Linear(24, 5)).eval()
+    groups = cpd.comb(model, torch.randn(4, 6))
+    assert cpd.opened.at_fault(groups, groups.everything(), ["1", "2"], *seen) == ["1", "2"]
+    uncut = cpd.opened.calls_of(groups.everything(), cpd.runs.Runs(groups))
+    assert uncut
+    assert cpd.opened.at_fault(groups, groups.everything(), ["1", "2"], uncut, uncut) == []

@@ -27,7 +27,7 @@ from .replace import Replacements
 from .sizes import Site, find_sites
 from .solver import solve
 from .terms import Terms, factors_of
-from .trace import Inputs, Trace, named_tensors, trace, used_tensors
+from .trace import Inputs, Trace, named_tensors, trace, uncollected, used_tensors
 from .trial import freeze_unfollowed
 from .unheld import balance_shared, freeze_operands, freeze_unheld, uses
 from .units import Family, Units
@@ -70,16 +70,33 @@ def comb(
         [ignore] if isinstance(ignore, str | nn.Module) else list(ignore)
     )
     graph = trace(model, example_inputs)
-    reader = Reader(graph, exact=exact, unknown=unknown)
     training = _training(model, graph, example_inputs)
+    reader = Reader(graph, exact=exact, unknown=unknown)
+    with uncollected():
+        held = _read(model, reader, training, ignored)
+        replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
+        groups = _combed(model, reader, replaced)
+    groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
+    groups.options["ignore"] = [_name(model, x) for x in ignored]
+    return find_branches(groups, held) if depth else groups
+
+
+def _read(
+    model: nn.Module, reader: Reader, training: Trace | None, ignored: list[str | nn.Module]
+) -> set[str]:
+    """Let every call pass its rule; return the tensors that the user wants to stay."""
     reader.used |= used_tensors(training) if training is not None else set()
     reader.read()
     if training is not None:
         reader.read_training(training)
     _note_unused(model, reader)
     _freeze_untouched(reader)
-    held = _freeze_ignored(model, reader, ignored)
-    replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
+    return _freeze_ignored(model, reader, ignored)
+
+
+def _combed(model: nn.Module, reader: Reader, replaced: Replacements) -> Groups:
+    """Solve what was read, and keep what the network's own code cannot follow."""
+    graph = reader.trace
     handed_on = HandedOn(model, graph)
     sites = find_sites(model, uses(reader), handed_on)
     freeze_unheld(reader, replaced, sites)
@@ -91,8 +108,6 @@ def comb(
     heads = attended(reader)
     units = solve(reader.channels)
     groups = _build(model, graph, reader, units, pins, replaced, sites)
-    groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
-    groups.options["ignore"] = [_name(model, x) for x in ignored]
     signature = _signatures(groups)
     units.families = [f for f in units.families if _in_tensors(units, f, signature)]
     units.families += _singles(units, signature)
@@ -100,8 +115,7 @@ def comb(
     units.keep_multiples()
     units.nonempty += _bound_layers(groups)
     freeze_unfollowed(groups)
-    finish(groups)
-    return find_branches(groups, held) if depth else groups
+    return finish(groups)
 
 
 def _name(model: nn.Module, item: str | nn.Module) -> str:

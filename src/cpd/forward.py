@@ -383,7 +383,9 @@ def changed(forward: Forward, places: Mapping[tuple[str, int, str, int | None], 
 
     An argument is a position ("0", "1", ...) or a keyword.
     """
-    graphs = copy.deepcopy(forward.graphs)
+    graphs = {mode: list(calls) for mode, calls in forward.graphs.items()}
+    for mode, number in {place[:2] for place in places}:
+        graphs[mode][number] = copy.deepcopy(graphs[mode][number])
     for (mode, number, argument, entry), value in places.items():
         node = graphs[mode][number]
         held = node["args"]["list"] if argument.isdigit() else node["kwargs"]["dict"]

@@ -22,6 +22,7 @@ from .trace import location
 from .units import Family
 
 Call = tuple[str, tuple[int, ...]]  # its name, its numbers
+WatchedCall = tuple[str, str, tuple[int, ...]]  # the module that makes it first
 _LEAST = -8  # a number below is no axis, but counts channels from the end
 _VIEWS = ("view", "reshape", "_unsafe_view", "unflatten")
 
@@ -51,12 +52,23 @@ def hold_open(groups: Groups, run: Callable[..., Any]) -> list[Family]:
     return held
 
 
+def calls_of(alive: Mask, run: Callable[..., Any]) -> list[WatchedCall]:
+    """Return the calls of a run with what is left, up to its end or where it fails."""
+    watch = Watch()
+    run(alive, watch)
+    return watch.calls
+
+
 def at_fault(
-    groups: Groups, alive: Mask, paths: Iterable[str], run: Callable[..., Any]
+    groups: Groups,
+    alive: Mask,
+    paths: Iterable[str],
+    uncut: list[WatchedCall],
+    cut: list[WatchedCall],
 ) -> list[str]:
     """Return those modules whose code gives some call another number than it should after a cut,
     until it fails: an old one, or one that it computes of what it meets. All of them, where no
-    calls are seen.
+    calls are seen. `uncut`, `cut`: the calls of both networks; `alive`: what the cut has left.
     """
     of_ids = alive[groups.units.label]
     should: dict[str, dict[int, set[int]]] = {path: {} for path in paths}
@@ -65,18 +77,13 @@ def at_fault(
         if path in should:
             new = axis_size(size.labels, size.axis, of_ids)
             should[path].setdefault(size.old, set()).add(new)
-    calls = []
-    for left in (groups.everything(), alive):
-        watch = Watch()
-        run(left, watch)
-        calls.append(watch.calls)
-    if not all(calls):
+    if not uncut or not cut:
         return list(should)
     first = {id(module): path for path, module in groups.model.named_modules()}
     found = []
     for path, becomes in should.items():
         name = first[id(groups.model.get_submodule(path))]
-        before, after = ([call[1:] for call in made if call[0] == name] for made in calls)
+        before, after = ([call[1:] for call in made if call[0] == name] for made in (uncut, cut))
         if len(after) > len(before) or not all(map(partial(_follows, becomes), before, after)):
             found.append(path)
     return found

@@ -44,6 +44,7 @@ class Sizes(ShapeEnv):
     def __init__(self) -> None:
         super().__init__(duck_shape=False)
         self.refused = ""
+        self.answers: dict[Any, Row] = {}  # PyTorch asks the same again and again
         self._draw = random.Random(0)
         self._rows: dict[Any, Row] = {}
         self._numbers: dict[Any, Count] = {}
@@ -175,11 +176,26 @@ class Count(SymNode):
         """Return the sum of sizes."""
         if get_proxy_mode():
             return super().sym_sum(args)
-        return _computed(self.shape_env, lambda *row: sum(row), args)
+        return _computed(self.shape_env, _sum, args)
+
+
+def _sum(*row: Any) -> Any:
+    return sum(row)
+
+
+def _chosen(holds: Any, then: Any, other: Any) -> Any:
+    return then if holds else other
 
 
 def _computed(env: Any, function: Callable[..., Any], nodes: Sequence[Any]) -> Count:
-    rows = [x.row if isinstance(x, Count) else env.number(x.hint).row for x in nodes]
+    rows = tuple(x.row if isinstance(x, Count) else env.number(x.hint).row for x in nodes)
+    key = (function, *rows)
+    if key not in env.answers:
+        env.answers[key] = _row(function, rows)
+    return Count.of(env, env.answers[key])
+
+
+def _row(function: Callable[..., Any], rows: tuple[Row, ...]) -> Row:
     first, *others = zip(*rows, strict=True)
     made = [function(*first)]
     for values in others:
@@ -187,7 +203,7 @@ def _computed(env: Any, function: Callable[..., Any], nodes: Sequence[Any]) -> C
             made.append(None if None in values else function(*values))
         except (ArithmeticError, ValueError):
             made.append(None)  # no such inputs
-    return Count.of(env, tuple(made))
+    return tuple(made)
 
 
 def _method(attribute: str, name: str, operator: Callable[..., Any]) -> Any:
@@ -235,13 +251,14 @@ for _name, _operator in _operators.items():
 def _round(self: Count, ndigits: int | None = None) -> Any:
     if get_proxy_mode():
         return SymNode._round(self, ndigits)  # type: ignore[attr-defined]
-    return _computed(self.shape_env, lambda x: round(x, ndigits), (self,))
+    digits = () if ndigits is None else (self.shape_env.number(ndigits),)
+    return _computed(self.shape_env, round, (self, *digits))
 
 
 def _ite(self: Count, then: Any, other: Any) -> Any:
     if get_proxy_mode():
         return SymNode._sym_ite(self, then, other)  # type: ignore[attr-defined]
-    found = _computed(self.shape_env, lambda x, a, b: a if x else b, (self, then, other))
+    found = _computed(self.shape_env, _chosen, (self, then, other))
     return found if self.constant is not None else Count.of(self.shape_env, found.row, same=False)
 
 

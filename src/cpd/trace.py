@@ -7,6 +7,7 @@ tensors, so nothing on the model changes: no flag, hook, buffer or random state.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -27,6 +28,8 @@ from .errors import InputError, TraceError
 from .surgery import share
 
 _BELOW = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).with_name("on_meta.py")))
+
+_SELDOM = 10**6  # young collections to one of everything
 
 Inputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -87,6 +90,19 @@ def quiet_state(*, fused: bool = False) -> Iterator[None]:
     finally:
         log.disabled = quiet
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Let the collector of cycles leave alone what is older: it would walk every module and every
+    call again and again, a tenth of the time and more, and find nothing.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _SELDOM)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
 
 
 @contextmanager

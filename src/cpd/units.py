@@ -61,18 +61,24 @@ class Units:
         """Return the classes and, for blocks, everything that dies with them."""
         mine = np.unique(np.fromiter(classes, np.int64))
         blocks = [c for c in mine.tolist() if c in self.below] if self.below else []
+        if len(blocks) == len(mine) == 1:
+            return self._with_below(blocks[0])
         if not blocks:
             return mine
-        return np.unique(np.concatenate([mine, *(self._under(c) for c in blocks)]))
+        return np.unique(np.concatenate([mine, *(self._with_below(c) for c in blocks)]))
 
-    def _under(self, block: int, depth: int = 0) -> Ids:
-        """Everything below one block, found once."""
+    def _with_below(self, block: int, depth: int = 0) -> Ids:
+        """One block and everything below it, found once."""
         if block not in self._closures:
             below = self.below[block]
             inner = [
-                self._under(c, depth + 1) for c in below.tolist() if c in self.below and depth < 8
+                self._with_below(c, depth + 1)
+                for c in below.tolist()
+                if c in self.below and depth < 8
             ]
-            self._closures[block] = np.unique(np.concatenate([below, *inner]))
+            found = np.unique(np.concatenate([[block], below, *inner]))
+            found.flags.writeable = False
+            self._closures[block] = found
         return self._closures[block]
 
     def keep_multiples(self) -> None:
