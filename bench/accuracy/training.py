@@ -111,12 +111,13 @@ def _train(
         optimizer, rate, total_steps=len(epochs) * count, pct_start=0.2
     )
     order = torch.Generator().manual_seed(samples.seed)
+    model.to(memory_format=torch.channels_last)
     for place, number in enumerate(epochs):
         images = samples.epoch(number)
         mixed = torch.randperm(len(images), generator=order)
         model.train()
         for part in mixed[: count * size].split(size):
-            logits = model(images[part])
+            logits = model(images[part].contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits, samples.labels[part])
             if teacher is not None:
                 loss = loss + kd(logits, teacher[place][part], temperature=2.0)
@@ -124,4 +125,4 @@ def _train(
             loss.backward()
             optimizer.step()
             schedule.step()
-    return model
+    return model.to(memory_format=torch.contiguous_format)
