@@ -85,7 +85,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.loop
 	$(BIN)/python -m bench.collecting --write-docs
 
-# 1410 cells, two at a time; stopped at any time it goes on where it was.
+# 1575 cells, two at a time; stopped at any time it goes on where it was.
 bench-accuracy: $(STAMP)
 	PYTHONPATH=src $(BIN)/python -m bench.accuracy
 

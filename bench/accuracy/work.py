@@ -131,11 +131,12 @@ def _found(cell: Cell) -> dict[str, Any]:
 
 
 def _ours(cell: Cell, context: Context) -> tuple[nn.Module, Plan]:
+    ranked, _, name = cell.strategy.rpartition(" ")
     plan = cpd.choose(
         context.groups,
         context.scores(cell.importance),
         {"macs": cell.target},
-        strategy=cell.strategy,
+        strategy={name: {"ranked": True}} if ranked else name,
         ranking=cell.ranking,
         min_keep=cell.min_keep,
     )
@@ -172,8 +173,12 @@ def _from_scratch(cell: Cell, context: Context, small: nn.Module) -> dict[str, A
     epochs = of(cell.network)["epochs"] + of(cell.network)["recovery_epochs"]
     again = trained(small, context.samples, cell.network, epochs)
     accuracy, loss = tested(again, context.samples)
-    share = round(counted.macs(small, INPUTS) / context.macs, 4)
-    return {"macs": share, "recovered": accuracy, "recovered_loss": loss}
+    return {
+        "macs": round(counted.macs(small, INPUTS) / context.macs, 4),
+        "time": share_of_time(small, context.model),
+        "recovered": accuracy,
+        "recovered_loss": loss,
+    }
 
 
 def _count(model: nn.Module) -> int:
