@@ -231,3 +231,34 @@ def test_in_place_and_as_a_copy() -> None:
     with torch.no_grad():
         small(*case.inputs)
     assert model.inner.use_nested_tensor
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_it_reads_may_be_narrower_than_what_it_puts_out(apart: bool) -> None:
+    """Only the embedding in front is cut: rows of all projections stay, and so does the output."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, WIDE)
+            self.inner = attention(**({"kdim": 6, "vdim": 6} if apart else {}))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            other = x if apart else y.flip(1)
+            return self.inner(y, other, other, need_weights=False)[0]
+
+    model, x = randomised(Last()).eval().double(), tokens()
+    groups = cpd.comb(model, x)
+    plan = cpd.choose(
+        groups,
+        random_scores(groups, 0),
+        "params=0.8",
+        limits={"inner*": 0.0},
+        unreachable="closest",
+    )
+    small = cpd.cut(model, plan)
+    assert small.inner.out_proj.weight.shape == (WIDE, WIDE)
+    assert small.a.weight.shape[0] < WIDE
+    assert difference(flat(small(x)), flat(zeroed(model, plan)(x))) <= 1e-9
+    assert difference(flat(small.train()(x)), flat(zeroed(model, plan).train()(x))) <= 1e-9

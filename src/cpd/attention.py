@@ -31,7 +31,9 @@ class CutMultiheadAttention(nn.MultiheadAttention):
             3 if packed else 1
         )
         outer = module.out_proj.weight.shape[0]
-        if inner == module.embed_dim == outer and module.num_heads * module.head_dim == inner:
+        read = (module.in_proj_weight if packed else module.q_proj_weight).shape[1]
+        same = inner == module.embed_dim == outer == read
+        if same and module.num_heads * module.head_dim == inner:
             return
         if not isinstance(module, CutMultiheadAttention):
             module.scale = module.head_dim**-0.5  # the whole layer's, however narrow heads get

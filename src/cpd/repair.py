@@ -26,10 +26,12 @@ from .labels import Mask, alive_mask
 from .plan import Plan
 from .planning import alive_of
 from .precision import widened
+from .readers import Reader, readers_of
 from .reference import Reference
-from .refit import Fit, reads
+from .refit import Fit
 from .surgery import rebuild
 from .trace import Inputs, named_tensors, quiet_state, split_inputs
+from .views import View, Views
 
 STEPS = ("shift", "refit", "recalibrate")
 
@@ -67,8 +69,10 @@ def repair(
     the weights there are, as in OBC (Frantar and Alistarh, NeurIPS 2022) and OSSCAR (Meng et al.,
     ICML 2024), whose damping it takes.
 
-    Mended are linear layers, products with a weight, and convolutions of any kind; of transposed
-    convolutions the bias only. A weight that is used twice, or computed from others, stays.
+    Mended are linear layers, products and einsums with a weight, convolutions of any kind,
+    projections of attention, and what the first cells of a recurrent layer read from its input. A
+    weight that several calls read (tied tables), or that is computed from others, stays; so does
+    what recurrent cells read of each other.
 
     Args:
         model: the network the plan was made for; it is not changed, and is run in evaluation mode.
@@ -200,13 +204,7 @@ class _Walk:
         self.big = [_begun(Reference(groups, everything, first), batch) for batch in batches]
         self.small = [_begun(Reference(groups, of_ids, self.kept), batch) for batch in batches]
         self.changed: set[str] = set()
-        self.uses = {
-            name: [node for node in self.trace.graph.nodes if self._reads(node, name)]
-            for name in first
-        }
-
-    def _reads(self, node: fx.Node, name: str) -> bool:
-        return any(self.trace.tensors.get(x.name) == name for x in node.all_input_nodes)
+        self.views = Views(self.trace, first)
 
     def run(self) -> dict[str, torch.Tensor]:
         """Walk the graph; return the tensors that became other ones, at full size."""
@@ -235,8 +233,7 @@ class _Walk:
         """Mend what a node reads with, where its inputs are other ones than before."""
         schema = getattr(node.target, "_schema", None)
         op = "" if schema is None else schema.name.rpartition("::")[2]
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or node in self.small[0].whole:
+        if not node.args or node in self.small[0].whole:
             return False
         if op == "batch_norm" and "recalibrate" in self.repairs.steps:
             return self._recalibrate(node)
@@ -247,45 +244,42 @@ class _Walk:
         pairs = zip(self.big, self.small, strict=True)
         return all(torch.equal(a.env[source], b.env[source]) for a, b in pairs)
 
-    def _own(self, node: fx.Node, value: Any) -> str | None:
-        """Return the name of a parameter or buffer that this node alone reads, as it is."""
-        name = self.trace.tensors.get(value.name) if isinstance(value, fx.Node) else None
-        return name if name is not None and self.uses[name] == [node] else None
-
     def _recalibrate(self, node: fx.Node) -> bool:
-        mean, var = (self._own(node, value) for value in node.args[3:5])
+        mean, var = (self.views.own(node, value) for value in node.args[3:5])
         if mean is None or var is None:
             return False
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before = _moments([reference.env[source] for reference in self.big])
         after = _moments([reference.env[source] for reference in self.small])
-        self._change(mean, self.kept[mean] + (after[0] - before[0]))
+        self._change(mean, mean.of(self.kept) + (after[0] - before[0]))
         ratio = torch.where(before[1] > 0, after[1] / before[1].clamp_min(1e-30), 1)
-        self._change(var, self.kept[var] * ratio)
+        self._change(var, var.of(self.kept) * ratio)
         return True
 
     def _refit(self, node: fx.Node, op: str) -> bool:
-        reader = reads(node, op)
-        held = None if reader is None else self.trace.tensors.get(reader.weight.name)
-        if reader is None or held is None or self._same(reader.source):
-            return False
-        weight, bias = self._own(node, reader.weight), self._own(node, reader.bias)
-        weight = weight if reader.fits and "refit" in self.repairs.steps else None
+        readers = [x for x in readers_of(node, op) if self.views.seen(x.weight) is not None]
+        mended = [self._refitted(node, x) for x in readers if not self._same(x.source)]
+        return any(mended)
+
+    def _refitted(self, node: fx.Node, reader: Reader) -> bool:
+        held = self.views.seen(reader.weight)
+        weight, bias = (self.views.own(node, x) for x in (reader.weight, reader.bias))
+        weight = weight if "refit" in self.repairs.steps else None
         bias = bias if "shift" in self.repairs.steps else None
-        if weight is None and bias is None:
+        if held is None or (weight is None and bias is None):
             return False
         free = self._is_normed(node) or bias is not None
-        fit = Fit(reader, self.kept[held], self.alive[held], centred=free)
-        share = self._share(node)
+        fit = Fit(reader, held.of(self.kept), held.of(self.alive), centred=free)
+        rows = self.repairs.rows / len(self.small)
         for big, small in zip(self.big, self.small, strict=True):
-            lost = big.env[node] - small.env[node]
-            fit.add(small.env[reader.source], lost, share)
+            lost = reader.lost(node, big.env, small.env)
+            fit.add(small.env[reader.source], lost, rows)
         change = None if weight is None else fit.solved(self.repairs.damping)
         if weight is not None and change is not None:
-            self._change(weight, self.kept[weight] + change)
+            self._change(weight, weight.of(self.kept) + change)
         if bias is not None:
-            self._change(bias, self.kept[bias] + fit.shift(change))
+            self._change(bias, bias.of(self.kept) + fit.shift(change))
         return True
 
     def _is_normed(self, node: fx.Node) -> bool:
@@ -296,17 +290,11 @@ class _Walk:
         normed = all(name.startswith("aten::batch_norm") for name in names)
         return bool(names) and normed and "recalibrate" in self.repairs.steps
 
-    def _share(self, node: fx.Node) -> float:
-        """Which share of all samples and positions a layer is refitted from."""
-        value = self.small[0].env[node]
-        width = max(value.shape[1] if value.ndim > 3 else value.shape[-1], 1)
-        return self.repairs.rows / (len(self.small) * value.numel() / width)
-
-    def _change(self, name: str, value: torch.Tensor) -> None:
+    def _change(self, place: View, value: torch.Tensor) -> None:
         """Write to a tensor of the smaller network, in place: every interpreter holds it."""
-        tensor = self.kept[name]
-        tensor.copy_(torch.where(self.alive[name], value.to(tensor.dtype), tensor))
-        self.changed.add(name)
+        tensor, alive = place.of(self.kept), place.of(self.alive)
+        tensor.copy_(torch.where(alive, value.to(tensor.dtype), tensor))
+        self.changed.add(place.name)
 
 
 def _begun(reference: Reference, batch: tuple[Any, ...]) -> Reference:

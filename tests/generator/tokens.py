@@ -212,7 +212,7 @@ def experts(shape: Shape, o: Any) -> Made:
     dim=(2, 3, 4),
     weights=(False, True),
     first=(True, False),
-    extra=("none", "bias_kv", "zero_attn", "kdim", "mask", "padding"),
+    extra=("none", "bias_kv", "zero_attn", "kdim", "mask", "padding", "alone"),
 )
 def multihead_attention(shape: Shape, o: Any) -> Made:
     """`nn.MultiheadAttention`, self or cross."""
@@ -236,7 +236,8 @@ def multihead_attention(shape: Shape, o: Any) -> Made:
         pad = _padding(x) if o.extra == "padding" else None
         masks = {"attn_mask": mask, "key_padding_mask": pad}
         z, weights = m.attn(y, memory, memory, need_weights=o.weights, **masks)
-        z = y + z if o.first else (y + z).transpose(0, 1)
+        z = z if o.extra == "alone" else y + z  # alone, its output may stay as wide as it was
+        z = z if o.first else z.transpose(0, 1)
         return z if weights is None else z + weights.mean((1, 2)).view(-1, 1, 1)
 
     return Then(run, **parts), shape.wide(inner)
