@@ -327,6 +327,29 @@ def test_an_artefact_is_exported_in_every_format_and_int8_is_measured(tmp_path, 
     assert shown.count("top1") == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--importance", "fisher"),
+        ("--importance", '{"taylor": {"multivariable": false}}', "--repair", 2),
+        ("--importance", '{"magnitude": {"p": 1}}', "--repair", "auto", "--batch_size", 32),
+    ],
+)
+def test_prune_scores_and_repairs_on_data(words, tmp_path, capsys):
+    import cpd
+
+    given = ("prune", "test_cli:grey", "--target", "macs=0.5", "--input_shape", "1,8,8")
+    greedy = ("--strategy", '{"greedy": {"ranked": true}}')
+    assert run(*given, *words) == 2
+    assert "give --data" in " ".join(capsys.readouterr().err.split())
+    out, data = tmp_path / "out", ("--data", "{digits: {size: 8}}")
+    assert run(*given, *greedy, *words, *data, "--output", out) == 0
+    small = cpd.load(out, grey())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in grey().parameters())
+    assert run(*given, "--repair", "often", *data) == 2
+    assert "number of batches" in " ".join(capsys.readouterr().err.split())
+
+
 def test_prune_saves_what_export_reads(tmp_path, capsys):
     out = tmp_path / "pruned"
     words = ["--target", "macs=0.5", "--input_shape", "3,8,8", "--output", out]

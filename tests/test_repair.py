@@ -367,3 +367,23 @@ def test_bad_input() -> None:
         cpd.repair(model, plan, [images(4)], steps=["shifts"])
     with pytest.raises(PlanMismatch):
         cpd.repair(network("tokens"), plan, [images(4)])
+
+
+def test_a_repair_counts_where_it_helps_on_other_samples() -> None:
+    """`judge`: as with repair="auto"; one batch of noise mends what real inputs never show."""
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4)).double().eval()
+    torch.manual_seed(3)
+    near, far = torch.randn(64, 6).double(), 100 + torch.randn(64, 6).double()
+    options: dict[str, Any] = {"target": "params=0.6", "importance": {"random": {"seed": 1}}}
+    plain, plan = cpd.prune(model, near, **options)
+    assert not any("repair" in note for note in plan.notes)
+    helped, plan = cpd.prune(model, near, **options, repair=[near], judge=[torch.randn_like(near)])
+    assert not any("repair" in note for note in plan.notes)
+    wanted = model(near)
+    assert (helped(near) - wanted).square().sum() < (plain(near) - wanted).square().sum()
+    left, plan = cpd.prune(model, near, **options, repair=[near[:2]], judge=[far])
+    kept = cpd.prune(model, near, **options, repair=[near[:2]])[0]
+    spoils = (kept(far) - model(far)).square().sum() >= (plain(far) - model(far)).square().sum()
+    assert spoils
+    assert any("repair: left out" in note for note in plan.notes)
+    assert torch.equal(left(near), plain(near))

@@ -22,7 +22,7 @@ from cpd.errors import InputError, UnknownName
 from cpd.losses import resolve
 from cpd.report import Measures, Report
 from cpd.study import Costs, Outcome, Study, records, run, table, write
-from cpd.study.figures import bars, curves, knee
+from cpd.study.figures import apart, bars, curves, knee
 from recipe import options_exist, teacher_of
 
 RECIPES = house.ROOT / "recipes"
@@ -382,6 +382,10 @@ def test_best_classes_by_hand(tmp_path: Path) -> None:
     assert shown == {"half": {"1": 0.5, "0": 0.1}, "most": {"1": 0.7, "0": 0.9}}
     assert list(shown["half"]) == ["1", "0"], "best on average first"
     assert bars(records(study, found), "size", 1) == {"half": {"1": 0.5}, "most": {"1": 0.7}}
+    (said,) = apart(shown)
+    assert "half, most: 20.0 points on average on the better half" in said
+    assert "80.0 on the others; most on 0 (80.0)" in said
+    assert apart({"half": shown["half"]}) == []
 
 
 def test_the_page(tmp_path: Path) -> None:

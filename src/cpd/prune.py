@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,9 @@ from .cut import cut
 from .errors import InputError, UnknownName
 from .importance import resolve, score
 from .plan import Plan
+from .repair import helps
 from .repair import repair as mended
-from .trace import Inputs
+from .trace import Inputs, named_tensors
 
 
 def prune(
@@ -26,6 +28,7 @@ def prune(
     target: str | Mapping[str, float],
     verify: bool = True,
     repair: Iterable[Inputs] | None = None,
+    judge: Iterable[Inputs] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Plan]:
     """Return a smaller copy of a network and the plan that made it; the network itself is not
@@ -41,12 +44,16 @@ def prune(
         verify: prove the result against the masked network.
         repair: batches of inputs, all of one shape; what is kept then makes good for what goes (see
             `cpd.repair`). The result is proved against the repaired network, not the one given.
+        judge: batches of other samples: what is repaired counts only if the outputs on them come
+            nearer to the whole network's; the plan's notes say where they do not.
         **options: of `comb` (ignore, exact, unknown) and `choose` (strategy, ranking, multiple_of,
             ...).
 
     Raises what `comb`, `choose`, `repair` and `cut` raise.
     """
-    comb_options, choose_options = split("prune", options, ("importance", "repair", "verify"))
+    comb_options, choose_options = split(
+        "prune", options, ("importance", "judge", "repair", "verify")
+    )
     chosen = resolve(importance)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -54,8 +61,18 @@ def prune(
     scores = score(chosen, model, groups, example_inputs)
     plan = choose(groups, scores, target, **choose_options)
     if repair is not None:
-        model = mended(model, plan, repair)
+        model, plan = _repaired(model, plan, repair, judge)
     return cut(model, plan, verify=verify), plan
+
+
+def _repaired(
+    model: nn.Module, plan: Plan, batches: Iterable[Inputs], judge: Iterable[Inputs] | None
+) -> tuple[nn.Module, Plan]:
+    found = mended(model, plan, batches)
+    if judge is None or helps(model, plan, dict(named_tensors(found)), judge):
+        return found, plan
+    note = "repair: left out, on other samples it brings the outputs no nearer to what they were"
+    return model, replace(plan, notes=(*plan.notes, note))
 
 
 def split(

@@ -45,10 +45,17 @@ class Timed:
     def __str__(self) -> str:
         word = "above" if self.ratio > 1 else "below"
         times = "1 time" if self.rounds == 1 else f"{self.rounds} times"
-        return (
+        text = (
             f"latency: {self.real:.4g} ms measured, {abs(self.ratio - 1):.2%} {word} its budget of "
             f"{self.target:.4g} ms; measured end to end {times}"
         )
+        if abs(self.ratio - 1) <= WITHIN:
+            return text
+        if self.ratio > 1:
+            why = "no other choice that was tried is faster" if self.met else "no more can go"
+        else:
+            why = "another budget decides, or the next unit saves much at once"
+        return f"{text}; not within {WITHIN:.0%}: {why}"
 
 
 def timed(found: Candidates, table: Table, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:

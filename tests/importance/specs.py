@@ -15,6 +15,8 @@ VARIANTS: list[Any] = [
     {"variance": {"weighted": True}},
     {"activation": {"statistic": "rms"}},
     {"activation": {"statistic": "active"}},
+    {"activation": {"aggregate": "sum"}},
+    {"variance": {"aggregate": "max"}},
     {"hutchinson": {"kind": "diagonal", "members": "all"}},
     {"kfac": {"members": "out", "normalise": "max"}},
 ]

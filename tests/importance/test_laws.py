@@ -273,6 +273,7 @@ def test_options_are_checked() -> None:
         {"magnitude": {"members": "both"}},
         {"magnitude": {"normalise": "median"}},
         {"activation": {"statistic": "median"}},
+        {"variance": {"aggregate": "median"}},
         {"hutchinson": {"kind": "lanczos"}},
         {"hessian": {"fixed": True}},
     ):

@@ -13,9 +13,7 @@ from cpd.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import nn
 
-    from cpd.plan import Plan
 
 __all__ = ["COMMANDS", "Shell"]
 
@@ -187,8 +185,8 @@ class Shell:
         model_args: dict[str, Any] | None = None,
         input_shape: str | list[int] | None = None,
         weights: str | None = None,
-        importance: str = "magnitude",
-        strategy: str = "oneshot",
+        importance: str | dict[str, Any] = "magnitude",
+        strategy: str | dict[str, Any] = "oneshot",
         ranking: str = "isomorphic",
         multiple_of: int | str = 1,
         measure: str | dict[str, Any] = "onnx",
@@ -200,6 +198,11 @@ class Shell:
         exact: bool = False,
         ignore: list[str] | None = None,
         unreachable: str = "error",
+        data: str | dict[str, Any] | None = None,
+        task: str | dict[str, Any] = "classification",
+        repair: int | str = 0,
+        batches: int = 4,
+        batch_size: int = 64,
         seed: int = 0,
         output: str | None = None,
     ) -> None:
@@ -211,8 +214,8 @@ class Shell:
             model_args: arguments for making it, such as --model_args.pretrained true.
             input_shape: shape of an input without the batch axis, such as 3,224,224.
             weights: a safetensors file with its weights.
-            importance: a score that needs no data: magnitude or random.
-            strategy: oneshot, greedy, knapsack or uniform.
+            importance: a name of the shelf, or one with options; most need data.
+            strategy: oneshot, greedy, knapsack or uniform, or one with options.
             ranking: isomorphic, global or uniform.
             multiple_of: widths are cut to multiples of it; auto measures which pays.
             measure: what measures latency, for targets of latency (a share) or latency_ms: onnx,
@@ -225,10 +228,17 @@ class Shell:
             exact: also keep what feeds statistics across channels.
             ignore: modules or names whose width stays.
             unreachable: error, or closest.
+            data: a name of the data shelf; its training samples score and repair.
+            task: what the loss is of.
+            repair: batches by which what stays makes good for what goes; auto: if that helps.
+            batches: batches to score on.
+            batch_size: samples of each.
             seed: of everything random.
             output: folder for the artefact.
         """
         import cpd
+        from cpd import models
+        from cpd.cli.pruning import pruned
 
         source = Source(model, model_args or {})
         network = made(source, weights, seed)
@@ -237,33 +247,21 @@ class Shell:
             "min_keep": min_keep, "limits": limits, "keep": keep, "uniform": uniform,
             "depth": depth, "exact": exact, "ignore": ignore or (), "unreachable": unreachable,
         }  # fmt: skip
-        small, plan = cpd.prune(
-            network,
-            source.inputs(network, input_shape),
-            importance=named("importance", importance),
-            target=target,
-            measure=named("measure", measure),
-            seed=seed,
-            **options,
-        )
+        samples = {"data": data, "task": task, "batches": batches, "batch_size": batch_size}
+        inputs = source.inputs(network, input_shape)
+        small, plan = pruned(
+            network, inputs, importance, repair, samples,
+            target=target, measure=named("measure", measure), seed=seed, **options,
+        )  # fmt: skip
         self.console.print(str(plan), markup=False, highlight=False)
         note: dict[str, Any] = {"model": model, "model_args": model_args or {}}
-        note |= self._configured(network, small, plan, model_args)
+        if plan.options["uniform"]:
+            found = models.smaller(network, small, plan, model_args)
+            self.console.print(models.sentence(found), markup=False, soft_wrap=True)
+            note |= {"config": found.to_dict()} if found else {}
         if output is not None:
             cpd.save(small, plan, output, extra=note)
             self.console.print(f"saved in {output}")
-
-    def _configured(
-        self, network: nn.Module, small: nn.Module, plan: Plan, args: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """Of a uniform plan, show the configuration that builds the result; return what to note."""
-        from cpd import models
-
-        if not plan.options["uniform"]:
-            return {}
-        found = models.smaller(network, small, plan, args)
-        self.console.print(models.sentence(found), markup=False, soft_wrap=True)
-        return {"config": found.to_dict()} if found else {}
 
     def sensitivity(
         self,

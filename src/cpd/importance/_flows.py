@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..groups import CouplingGroup
-from ._aggregate import aggregated
+from ._aggregate import aggregated, check_aggregate
 from ._members import Tensors, first_tier, held_tensors, made_by, per_channel, sum_over
 from ._places import Place, Reading, Watching, expect
 from .base import Scores
@@ -39,9 +39,10 @@ class Flows(Watching):
     needs_forward = True
     recurrent = True
 
-    def __init__(self, statistic: str) -> None:
+    def __init__(self, statistic: str, aggregate: str = "mean") -> None:
         super().__init__()
-        self.statistic = statistic
+        check_aggregate(aggregate)
+        self.statistic, self.aggregate = statistic, aggregate
         self.kept = NEEDS.get(statistic, (statistic,))
         self._pending: dict[str, torch.Tensor] = {}
         self._weights: Tensors = {}
@@ -106,8 +107,8 @@ class Flows(Watching):
     def typical(self, group: CouplingGroup, sums: Scores) -> torch.Tensor:
         """Return the statistic of each channel: (size,).
 
-        The mean over the readers that show it, or else over what scales or makes the channel. Where
-        no layer shows it, that of the output on inputs of mean 0 and variance 1.
+        That of the readers that show it, joined by `aggregate`, or else of what scales or makes the
+        channel. Where no layer shows it, that of the output on inputs of mean 0 and variance 1.
         """
         size, found = group.size, []
         for tier in self.readings[group.name]:
@@ -117,7 +118,7 @@ class Flows(Watching):
             for reading, _ in seen:
                 held |= reading.covers(size)
             values = [(reading.member, flow) for reading, flow in seen]
-            found.append((aggregated(values, size, "mean"), held))
+            found.append((aggregated(values, size, self.aggregate), held))
         found.append((self._white(group), torch.ones(size, dtype=torch.bool)))
         return first_tier(found)
 
@@ -128,7 +129,7 @@ class Flows(Watching):
             (m, per_channel(self._weights[m.tensor].detach().square(), m, group.size).cpu())
             for m in made
         ]
-        variance = aggregated(squares, group.size, "mean")
+        variance = aggregated(squares, group.size, self.aggregate)
         if self.statistic == "absolute":
             return (variance * (2 / torch.pi)).sqrt()
         return (variance > 0).double() if self.statistic == "active" else variance

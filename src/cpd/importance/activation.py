@@ -12,18 +12,18 @@ from .base import Importance, Scores
 _STATISTICS = {"mean": "absolute", "rms": "second", "active": "active"}
 
 
-def activation(*, statistic: str = "mean") -> Importance:
+def activation(*, statistic: str = "mean", aggregate: str = "mean") -> Importance:
     """E|a_c| over samples and positions where channel c is read ("mean"), or another statistic.
 
     "rms" is the root of E[a_c²]; "active" the share of values that are not zero, which is 1 minus
-    the average percentage of zeros (Hu et al., "Network Trimming", 2016). Mean over readers;
-    channels that no layer reads are taken where they are made.
+    the average percentage of zeros (Hu et al., "Network Trimming", 2016). `aggregate` joins
+    readers; channels that no layer reads are taken where they are made.
 
     Needs forward passes, no gradients.
     """
     if statistic not in _STATISTICS:
         raise UnknownName("statistic of activation", statistic, _STATISTICS)
-    return Activation(_STATISTICS[statistic])
+    return Activation(_STATISTICS[statistic], aggregate)
 
 
 class Activation(Flows):

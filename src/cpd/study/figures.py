@@ -12,7 +12,7 @@ from cpd.study.grid import Study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "curves", "drawn", "knee"]
+__all__ = ["apart", "bars", "curves", "drawn", "knee"]
 
 Record = Mapping[str, Any]
 Curve = list[tuple[float, float, float]]  # removed, mean, deviation
@@ -35,7 +35,8 @@ def drawn(
         return None
     series = figure.get("series")
     if figure["kind"] == "classes":
-        return _svg(_classes(bars(records, series, figure.get("count", 16)))), []
+        named = bars(records, series, figure.get("count", 16))
+        return _svg(_classes(named)), apart(named)
     cost = figure.get("against", "macs")
     lines = curves(records, series, study.metric, study.over, cost)
     said = []
@@ -139,6 +140,25 @@ def bars(records: Sequence[Record], series: str | None, count: int) -> dict[str,
         }
         for name in names
     }
+
+
+def apart(named: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """How far the series lie apart on the classes of `bars`: on the better and the worse half."""
+    classes = dict.fromkeys(each for values in named.values() for each in values)
+    gaps = {}
+    for each in classes:
+        there = [values[each] for values in named.values() if each in values]
+        if len(there) > 1:
+            gaps[each] = 100 * (max(there) - min(there))
+    if len(gaps) < 2:
+        return []
+    most = max(gaps, key=lambda each: gaps[each])
+    halves = list(gaps.values())[: len(gaps) // 2], list(gaps.values())[len(gaps) // 2 :]
+    better, worse = (f"{statistics.fmean(half):.1f}" for half in halves)
+    return [
+        f"- From the best to the worst of {', '.join(named)}: {better} points on average on the "
+        f"better half of the classes, {worse} on the others; most on {most} ({gaps[most]:.1f})."
+    ]
 
 
 def _lines(lines: Mapping[str, Curve], metric: str, cost: str) -> Figure:

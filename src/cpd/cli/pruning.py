@@ -1,0 +1,61 @@
+"""What `cpd prune` does: names become scores and samples to repair with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cpd.cli.models import named
+from cpd.cli.samples import Samples
+from cpd.errors import InputError
+
+if TYPE_CHECKING:
+    from cpd.plan import Plan
+
+__all__ = ["pruned"]
+
+AUTO = 4  # batches that repair, of which repair="auto" keeps what it does if a fifth one says so
+
+
+def pruned(
+    network: nn.Module,
+    inputs: Any,
+    importance: Any,
+    repair: int | str,
+    samples: Mapping[str, Any],
+    **options: Any,
+) -> tuple[nn.Module, Plan]:
+    """Prune in one call; ``samples`` are what `Samples` takes, scores and repair are taken on them.
+
+    Without data (`samples["data"]` is nothing) only importances that read weights alone will do.
+    """
+    import cpd
+    from cpd.importance import resolve
+
+    if isinstance(repair, str) and repair != "auto":
+        raise InputError(f"repair is a number of batches, 0 for none, or auto; got {repair!r}")
+    spec = named("importance", importance)
+    if samples["data"] is None:
+        needy = resolve(spec)
+        reads = needy.needs_gradient or getattr(needy, "needs_forward", False)
+        if repair or reads:
+            what = f"repair={repair}" if repair else f"importance {importance}"
+            raise InputError(f"{what} needs samples: also give --data, such as --data digits")
+        return cpd.prune(network, inputs, importance=spec, **options)
+    count = AUTO + 1 if repair == "auto" else int(repair)
+    wanted = max(count, samples["batches"])
+    found = Samples(**{**samples, "part": "train", "batches": wanted})
+    if repair == "auto" and len(found.inputs) < 2:
+        raise InputError("repair=auto needs two batches of training data: one to judge by")
+    mending = found.inputs[:count]
+    judges = mending.pop() if repair == "auto" else None
+    return cpd.prune(
+        network.eval(),
+        inputs,
+        importance=lambda model, groups: found.scores(spec, model, groups),
+        repair=mending or None,
+        judge=None if judges is None else [judges],
+        **options,
+    )
