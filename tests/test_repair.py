@@ -370,20 +370,26 @@ def test_bad_input() -> None:
 
 
 def test_a_repair_counts_where_it_helps_on_other_samples() -> None:
-    """`judge`: as with repair="auto"; one batch of noise mends what real inputs never show."""
+    """As with repair="auto" of `compress`; one batch of noise mends what real inputs never show."""
     model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4)).double().eval()
     torch.manual_seed(3)
     near, far = torch.randn(64, 6).double(), 100 + torch.randn(64, 6).double()
     options: dict[str, Any] = {"target": "params=0.6", "importance": {"random": {"seed": 1}}}
     plain, plan = cpd.prune(model, near, **options)
     assert not any("repair" in note for note in plan.notes)
-    helped, plan = cpd.prune(model, near, **options, repair=[near], judge=[torch.randn_like(near)])
+    helped, plan = cpd.prune(
+        model, near, **options, repair={"batches": [near], "judge": [torch.randn_like(near)]}
+    )
     assert not any("repair" in note for note in plan.notes)
     wanted = model(near)
     assert (helped(near) - wanted).square().sum() < (plain(near) - wanted).square().sum()
-    left, plan = cpd.prune(model, near, **options, repair=[near[:2]], judge=[far])
+    left, plan = cpd.prune(model, near, **options, repair={"batches": [near[:2]], "judge": [far]})
     kept = cpd.prune(model, near, **options, repair=[near[:2]])[0]
     spoils = (kept(far) - model(far)).square().sum() >= (plain(far) - model(far)).square().sum()
     assert spoils
     assert any("repair: left out" in note for note in plan.notes)
     assert torch.equal(left(near), plain(near))
+    with pytest.raises(UnknownName, match=r"option of repair.*Valid names"):
+        cpd.prune(model, near, **options, repair={"batches": [near], "judges": [far]})
+    with pytest.raises(InputError, match="no batch to repair with"):
+        cpd.prune(model, near, **options, repair={"damping": 0.1})

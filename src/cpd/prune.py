@@ -27,8 +27,7 @@ def prune(
     importance: Any = "magnitude",
     target: str | Mapping[str, float],
     verify: bool = True,
-    repair: Iterable[Inputs] | None = None,
-    judge: Iterable[Inputs] | None = None,
+    repair: Iterable[Inputs] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Plan]:
     """Return a smaller copy of a network and the plan that made it; the network itself is not
@@ -44,16 +43,15 @@ def prune(
         verify: prove the result against the masked network.
         repair: batches of inputs, all of one shape; what is kept then makes good for what goes (see
             `cpd.repair`). The result is proved against the repaired network, not the one given.
-        judge: batches of other samples: what is repaired counts only if the outputs on them come
-            nearer to the whole network's; the plan's notes say where they do not.
+            A mapping has them as "batches" beside options of `cpd.repair`, and "judge" beside that:
+            batches of other samples, where outputs must come nearer to the whole network's, or
+            nothing is repaired and the plan's notes say so.
         **options: of `comb` (ignore, exact, unknown) and `choose` (strategy, ranking, multiple_of,
             ...).
 
     Raises what `comb`, `choose`, `repair` and `cut` raise.
     """
-    comb_options, choose_options = split(
-        "prune", options, ("importance", "judge", "repair", "verify")
-    )
+    comb_options, choose_options = split("prune", options, ("importance", "repair", "verify"))
     chosen = resolve(importance)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module")
@@ -61,14 +59,22 @@ def prune(
     scores = score(chosen, model, groups, example_inputs)
     plan = choose(groups, scores, target, **choose_options)
     if repair is not None:
-        model, plan = _repaired(model, plan, repair, judge)
+        given = repair if isinstance(repair, Mapping) else {"batches": repair}
+        model, plan = _repaired(model, plan, **given)
     return cut(model, plan, verify=verify), plan
 
 
 def _repaired(
-    model: nn.Module, plan: Plan, batches: Iterable[Inputs], judge: Iterable[Inputs] | None
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Inputs] = (),
+    judge: Iterable[Inputs] | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, Plan]:
-    found = mended(model, plan, batches)
+    if unknown := options.keys() - set(_keywords(mended)):
+        valid = {"batches", "judge", *_keywords(mended)}
+        raise UnknownName("option of repair", min(unknown), valid)
+    found = mended(model, plan, batches, **options)
     if judge is None or helps(model, plan, dict(named_tensors(found)), judge):
         return found, plan
     note = "repair: left out, on other samples it brings the outputs no nearer to what they were"

@@ -237,8 +237,7 @@ class Shell:
             output: folder for the artefact.
         """
         import cpd
-        from cpd import models
-        from cpd.cli.pruning import pruned
+        from cpd.cli.pruning import described, pruned
 
         source = Source(model, model_args or {})
         network = made(source, weights, seed)
@@ -248,18 +247,15 @@ class Shell:
             "depth": depth, "exact": exact, "ignore": ignore or (), "unreachable": unreachable,
         }  # fmt: skip
         samples = {"data": data, "task": task, "batches": batches, "batch_size": batch_size}
-        inputs = source.inputs(network, input_shape)
         small, plan = pruned(
-            network, inputs, importance, repair, samples,
+            network, source.inputs(network, input_shape), importance, repair, samples,
             target=target, measure=named("measure", measure), seed=seed, **options,
         )  # fmt: skip
         self.console.print(str(plan), markup=False, highlight=False)
-        note: dict[str, Any] = {"model": model, "model_args": model_args or {}}
-        if plan.options["uniform"]:
-            found = models.smaller(network, small, plan, model_args)
-            self.console.print(models.sentence(found), markup=False, soft_wrap=True)
-            note |= {"config": found.to_dict()} if found else {}
+        said, config = described(network, small, plan, model_args)
+        self.console.print(said, markup=False, soft_wrap=True, end="\n" if said else "")
         if output is not None:
+            note = {"model": model, "model_args": model_args or {}, **config}
             cpd.save(small, plan, output, extra=note)
             self.console.print(f"saved in {output}")
 

@@ -14,7 +14,7 @@ from cpd.errors import InputError
 if TYPE_CHECKING:
     from cpd.plan import Plan
 
-__all__ = ["pruned"]
+__all__ = ["described", "pruned"]
 
 AUTO = 4  # batches that repair, of which repair="auto" keeps what it does if a fifth one says so
 
@@ -50,12 +50,25 @@ def pruned(
     if repair == "auto" and len(found.inputs) < 2:
         raise InputError("repair=auto needs two batches of training data: one to judge by")
     mending = found.inputs[:count]
-    judges = mending.pop() if repair == "auto" else None
+    judge = {"judge": [mending.pop()]} if repair == "auto" else {}
     return cpd.prune(
         network.eval(),
         inputs,
         importance=lambda model, groups: found.scores(spec, model, groups),
-        repair=mending or None,
-        judge=None if judges is None else [judges],
+        repair={"batches": mending, **judge} if mending else None,
         **options,
     )
+
+
+def described(
+    network: nn.Module, small: nn.Module, plan: Plan, args: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """Of a uniform plan: what is to be said of the configuration that builds the result, and what
+    is to be noted of it; else nothing.
+    """
+    from cpd import models
+
+    if not plan.options["uniform"]:
+        return "", {}
+    found = models.smaller(network, small, plan, args)
+    return models.sentence(found), {"config": found.to_dict()} if found else {}
