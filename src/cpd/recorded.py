@@ -40,16 +40,18 @@ class Recorded:
         """Path -> calls; nothing where the model runs nowhere."""
         model, device = _copy_in(self.model, None), "meta"
         modes: tuple[Mode, ...] = (OnMeta(), nullcontext())
-        for mode in modes:
+        mode, whole = modes[0], dict[str, Any]()
+        first = _runs(model, self.paths, mode, *self._varied(device, 2))
+        for mode in () if first else modes:
             whole = _runs(model, self.paths, mode, *self._varied(device, 1))
             if whole:
                 break
-        if not whole and any(tensor.is_meta for _, tensor in named_tensors(self.model)):
+        if not (first or whole) and any(t.is_meta for _, t in named_tensors(self.model)):
             return {}  # there are no values to run it on
-        if not whole:
+        if not (first or whole):
             model, device, self.on_values = self.model, "cpu", True
             whole = _runs(model, self.paths, mode, *self._varied(device, 1))
-        first = _runs(model, self.paths, mode, *self._varied(device, 2)) or whole
+        first = first or _runs(model, self.paths, mode, *self._varied(device, 2)) or whole
         calls = {path: list(given) for path, (given, _) in first.items()}
         self.children = {path: list(made) for path, (_, made) in first.items()}
 
