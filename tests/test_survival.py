@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -723,6 +724,40 @@ def test_a_data_worker_that_dies_is_told_apart():
         distill(normed(), data=Sick(), options=options)
     # It may die while a socket to it is opened: PyTorch raises from a signal, and nobody closes it.
     gc.collect()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_a_data_worker_may_die_while_its_tensor_is_taken_over(error, monkeypatch):
+    """The signal that tells of it comes later, when the error is on its way already."""
+
+    def gone(*_):
+        raise error("reset by peer")
+
+    def signalled(_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("multiprocessing.resource_sharer.DupFd.detach", gone)
+    monkeypatch.setattr(import_module("cpd.distill.failures"), "sleep", signalled)
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1, "workers": 1}
+    with pytest.raises(errors.DataError, match=r"data died at step 1 .*reset by peer.*workers=0"):
+        distill(normed(), data=Data(), options=options)
+
+
+def test_an_error_of_the_data_itself_stays_what_it_is():
+    class Broken(Data):
+        def __init__(self):
+            super().__init__()
+            self.train = self
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            raise ConnectionResetError("the store of images has gone")
+
+    options = {"batch_size": 16, "optimizer": SGD, "epochs": 1}
+    with pytest.raises(ConnectionResetError, match="the store of images"):
+        distill(normed(), data=Broken(), options=options)
 
 
 def test_a_loss_that_is_not_finite_keeps_its_batch(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from time import sleep
+from traceback import walk_tb
 
 import torch
 
@@ -31,11 +33,21 @@ def explaining(where: Callable[[], str]) -> Iterator[None]:
         yield
     except CPDError:
         raise
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
         known = explained(error, where())
         if known is None:
             raise
+        if isinstance(known, DataError):
+            _let_signals_come()
         raise known from error
+
+
+def _let_signals_come() -> None:
+    """PyTorch also tells of a dead worker from a signal, once, wherever the code is when it comes:
+    that may be after the death was known from elsewhere.
+    """
+    with suppress(RuntimeError):
+        sleep(0.2)
 
 
 def explained(error: Exception, where: str) -> CPDError | None:
@@ -48,13 +60,22 @@ def explained(error: Exception, where: str) -> CPDError | None:
             "accumulate larger, which splits each batch and changes no gradient, or workers fewer, "
             "and resume; a smaller batch_size is another run."
         )
-    if isinstance(error, RuntimeError) and any(word in text for word in NO_WORKER):
+    told = isinstance(error, RuntimeError) and any(word in text for word in NO_WORKER)
+    if told or _in_the_middle(error):
         return DataError(
             f"a process that loads data died {where}: {_first(text)}. The last checkpoint is "
             "intact. Where the system killed it, it had no memory left (shared memory in /dev/shm "
             "too): use fewer workers; workers=0 loads in the training process and shows its error."
         )
     return None
+
+
+def _in_the_middle(error: Exception) -> bool:
+    """Whether a tensor was being taken over from another process, which is there no more."""
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return False
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(x.f_globals.get("__name__", "").startswith("torch.multiprocessing") for x in frames)
 
 
 def _first(text: str) -> str:
