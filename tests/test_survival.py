@@ -743,6 +743,25 @@ def test_a_data_worker_may_die_while_its_tensor_is_taken_over(error, monkeypatch
         distill(normed(), data=Data(), options=options)
 
 
+def test_the_signal_may_come_while_an_error_is_explained(monkeypatch):
+    """PyTorch raises from it once, wherever the code is."""
+    failures = import_module("cpd.distill.failures")
+    explained, raised = failures.explained, []
+
+    def interrupted(*given):
+        if not raised:
+            raised.append(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
+            raise raised[0]
+        return explained(*given)
+
+    monkeypatch.setattr(failures, "explained", interrupted)
+    with (
+        pytest.raises(errors.DataError, match=r"data died at step 3"),
+        failures.explaining(lambda: "at step 3"),
+    ):
+        raise EOFError
+
+
 def test_an_error_of_the_data_itself_stays_what_it_is():
     class Broken(Data):
         def __init__(self):

@@ -29,6 +29,12 @@ def explaining(where: Callable[[], str]) -> Iterator[None]:
     Raises:
         OutOfMemory, DataError: no memory is left; a process that loads data died.
     """
+    with _explaining(where), _explaining(where):  # the signal may come while the first one explains
+        yield
+
+
+@contextmanager
+def _explaining(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except CPDError:
