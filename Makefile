@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 # The C library gives each large block back to the kernel and takes it anew. Where page faults are
-# slow, as in some virtual machines, that can take as long as the work; the timed targets stay as
-# users have it.
+# slow, as in some virtual machines, that can take as long as the work; bench and bench-latency stay
+# as users have it.
 test slow zoo fuzz study bench-accuracy: export MALLOC_MMAP_MAX_ := 0
 test slow zoo fuzz study bench-accuracy: export MALLOC_TRIM_THRESHOLD_ := 8589934592
 test slow zoo fuzz study bench-accuracy: export MALLOC_TOP_PAD_ := 67108864

@@ -346,8 +346,9 @@ def test_prune_scores_and_repairs_on_data(words, tmp_path, capsys):
     assert run(*given, *greedy, *words, *data, "--output", out) == 0
     small = cpd.load(out, grey())
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in grey().parameters())
-    assert run(*given, "--repair", "often", *data) == 2
-    assert "number of batches" in " ".join(capsys.readouterr().err.split())
+    for wrong in ("often", -1):
+        assert run(*given, "--repair", wrong, *data) == 2
+        assert "number of batches" in " ".join(capsys.readouterr().err.split())
 
 
 def test_prune_saves_what_export_reads(tmp_path, capsys):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 import cpd
 from cpd.errors import InputError, TraceError, UnknownName
 from cpd.rules import pointwise
+from cpd.trace import uncollected
 from laws import prove, randomised
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -653,3 +655,15 @@ def test_operators_that_draw_are_tried_without_a_draw(monkeypatch):
     groups = cpd.comb(model, torch.zeros(2, 4))
     assert [group.name for group in groups] == ["first"]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_collector_is_left_as_it_was() -> None:
+    """Full collections wait while a network is combed, and no longer, whatever comes of it."""
+    before = gc.get_threshold()
+    cpd.comb(nn.Linear(3, 4), torch.randn(2, 3))
+    assert gc.get_threshold() == before
+    with uncollected():
+        assert gc.get_threshold()[2] > before[2]
+    with pytest.raises(InputError), uncollected():
+        cpd.comb(nn.Linear(3, 4), torch.randn(2, 5))
+    assert gc.get_threshold() == before

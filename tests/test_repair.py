@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import cpd
+from cpd.aliases import op_name
 from cpd.data.digits import digits
 from cpd.errors import InputError, PlanMismatch, UnknownName
+from cpd.readers import readers_of
+from cpd.trace import trace
 from importance.networks import NETWORKS, combed, images, network
 
 
@@ -93,6 +96,17 @@ class Left(nn.Module):
         return self.weight @ x.transpose(1, 2)
 
 
+class Stacked(nn.Module):
+    """A weight for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.weight)
+
+
 class Crossed(nn.Module):
     """Keys and values are made of the channels, by parts of one weight; queries are not."""
 
@@ -131,6 +145,7 @@ READERS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
     "einsum, turned and summed": (lambda: Einsum("b...i,oi->bo", 8, 5, turned=True), 0, (30, 6, 3)),
     "product from the left": (lambda: Left(), 0, (7, 4, 3)),
     "cross attention": (lambda: Crossed(), 0, (7, 4, 3)),
+    "bmm": (lambda: Stacked(), 0, (3, 20, 3)),
 }
 
 
@@ -393,3 +408,86 @@ def test_a_repair_counts_where_it_helps_on_other_samples() -> None:
         cpd.prune(model, near, **options, repair={"batches": [near], "judges": [far]})
     with pytest.raises(InputError, match="no batch to repair with"):
         cpd.prune(model, near, **options, repair={"damping": 0.1})
+
+
+CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 5), (3, 4, 6)),
+    "conv": (lambda: nn.Conv2d(6, 9, (3, 2), (2, 1), (1, 0), (1, 2), 3), (2, 6, 7, 8)),
+    "conv same": (lambda: nn.Conv1d(6, 4, 4, padding="same", groups=2), (2, 6, 9)),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(6, 9, (3, 2), (2, 3), (2, 1), (1, 2), 3, dilation=(2, 1)),
+        (2, 6, 5, 4),
+    ),
+    "transposed, cropped": (lambda: nn.ConvTranspose1d(6, 4, 2, 2, 1, groups=2), (2, 6, 5)),
+    "einsum of groups": (lambda: Einsum("bgni,gio->bgno", 3, 6, 5), (2, 3, 4, 6)),
+    "einsum without arrow": (lambda: Einsum("ani, io", 6, 5), (2, 4, 6)),
+    "einsum, two letters each": (lambda: Einsum("bhni,hino->bo", 3, 6, 4, 5), (2, 3, 4, 6)),
+    "from the left": (lambda: Left(), (2, 4, 8)),
+    "bmm": (lambda: Stacked(), (3, 4, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_what_is_read_times_the_weight_is_what_comes_out(kind: str) -> None:
+    """Whatever the call, it is one product of matrices; a weight comes back as it was."""
+    make, shape = CALLS[kind]
+    model, x = make().double().eval(), torch.randn(shape, dtype=torch.float64)
+    weight = dict(model.named_parameters())["weight"].detach()
+    bias = dict(model.named_parameters()).get("bias")
+    found = trace(model, x)
+    held = {name: node for node in found.graph.nodes if (name := found.tensors.get(node.name))}
+    (reader,) = [
+        reader
+        for node in found.graph.nodes
+        for reader in readers_of(node, op_name(node))
+        if reader.weight is held["weight"]
+    ]
+    assert reader.bias is held.get("bias")
+    matrix = reader.matrix(weight)
+    assert torch.equal(reader.weight_of(matrix, weight), weight)
+    source = x.transpose(1, 2) if kind == "from the left" else x
+    out = torch.einsum("egi,goi->ego", reader.inputs(source), matrix).detach()
+    wanted = reader.outputs(model(x).detach())
+    if bias is not None:
+        out = out + bias.detach().reshape(matrix.shape[:2])
+    torch.testing.assert_close(out, wanted)
+
+
+def test_a_bias_that_outputs_share_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.w = nn.Linear(6, 8), nn.Parameter(torch.randn(8, 5))
+            self.b = nn.Parameter(torch.randn(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.b, F.relu(self.a(x)), self.w)
+
+    model, x = Shared().double().eval(), torch.randn(40, 6).double()
+    plan = chosen(cpd.comb(model, x), 0.6)
+    repaired = cpd.repair(model, plan, [x])
+    assert torch.equal(repaired.b, model.b)
+    assert not torch.equal(repaired.w, model.w)
+    assert cpd.verify(repaired, cpd.cut(repaired, plan), plan, x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_operands_may_be_mended(seed: int) -> None:
+    """The second one makes good for what the first one has left."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(8, 7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.a @ self.b)
+
+    torch.manual_seed(seed)
+    model, x = Both().double().eval(), torch.randn(9, 5).double()
+    groups = cpd.comb(model, x)
+    plan = chosen(groups, 0.6)
+    repaired = cpd.repair(model, plan, [x])
+    plain, small = cpd.cut(model, plan), cpd.cut(repaired, plan)
+    away = [float((net(x) - model(x)).detach().square().sum()) for net in (plain, small)]
+    assert away[1] < 0.4 * away[0]  # 0.6 and more, where both make good for all of it

@@ -64,6 +64,18 @@ def test_a_size_that_cancels_out_is_a_number() -> None:
     assert (a >= 1) is True
 
 
+def test_what_is_equal_need_not_be_the_same() -> None:
+    """One arithmetic on whole numbers, real ones and truths, in any order."""
+    for turned in (False, True):
+        env = Sizes()
+        whole = env.size(4)
+        kinds: list[Any] = [whole, torch.sym_float(whole)]
+        for x in kinds[::-1] if turned else kinds:
+            for found in (x * 2, x + 1, x - 1, abs(x)):
+                assert type(found) is type(x)
+                assert type(_value(found)) is (int if x is whole else float)
+
+
 def test_a_division_by_zero_is_one() -> None:
     """As with numbers."""
     env = Sizes()

@@ -224,11 +224,9 @@ _PRODUCTS = {"matmul": ("self", "other"), "mm": ("self", "mat2"), "bmm": ("self"
 
 def readers_of(node: fx.Node, op: str) -> list[Reader]:
     """Return the ways in which a call may read one operand with a weight that is another."""
-    try:
-        args = _bound(node)
-    except AttributeError:
-        return []  # no operator
-    return [x for x in _readers(op, args) if _are_nodes(x.source, x.weight)]
+    if not hasattr(node.target, "_schema"):
+        return []
+    return [x for x in _readers(op, _bound(node)) if _are_nodes(x.source, x.weight)]
 
 
 def _are_nodes(*values: Any) -> bool:
@@ -239,9 +237,8 @@ def _readers(op: str, args: dict[str, Any]) -> Iterator[Reader]:
     if op.startswith("conv") and op.endswith("d"):
         yield from _convs(op, args)
     elif op == "linear" and _rank(args["weight"]) == 2:
-        entries = ascii_letters[: _rank(args["input"]) - 1]
-        letters = (f"{entries}Y", "ZY", f"{entries}Z")
-        yield Product(args["input"], args["weight"], args["bias"], letters)
+        source = args["input"]
+        yield Product(source, args["weight"], args["bias"], _of_linear(source))
     elif op == "addmm" and args["alpha"] == args["beta"] == 1:
         yield Product(args["mat1"], args["mat2"], args["self"], ("aY", "YZ", "aZ"))
     elif op in _PRODUCTS:
@@ -253,11 +250,17 @@ def _readers(op: str, args: dict[str, Any]) -> Iterator[Reader]:
     elif op in _GATED:
         yield from _gates(args)
     elif op.removesuffix("_cell") in _GATED:
-        yield Gates(args["input"], args["w_ih"], args["b_ih"], _letters_of_gates(args["input"]))
+        yield Gates(args["input"], args["w_ih"], args["b_ih"], _of_linear(args["input"]))
 
 
 def _rank(value: Any) -> int:
     return len(value.meta["val"].shape) if _are_nodes(value) else 0
+
+
+def _of_linear(source: Any) -> tuple[str, str, str]:
+    """The letters of a product with the rows of a weight."""
+    entries = ascii_letters[: _rank(source) - 1]
+    return (f"{entries}Y", "ZY", f"{entries}Z")
 
 
 def _convs(op: str, args: dict[str, Any]) -> Iterator[Reader]:
@@ -323,12 +326,7 @@ def _gates(args: dict[str, Any]) -> Iterator[Reader]:
     for way in range(ways):
         mine = args["params"][way * each : (way + 1) * each]
         bias = mine[2] if args["has_biases"] else None
-        yield Gates(args["input"], mine[0], bias, _letters_of_gates(args["input"]))
-
-
-def _letters_of_gates(source: fx.Node) -> tuple[str, str, str]:
-    entries = ascii_letters[: _rank(source) - 1]
-    return (f"{entries}Y", "ZY", f"{entries}Z")
+        yield Gates(args["input"], mine[0], bias, _of_linear(args["input"]))
 
 
 def _bound(node: fx.Node) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -222,22 +223,27 @@ class _Walk:
         both = (*self.big, *self.small)
         for interpreter in both:
             interpreter.env[node] = interpreter.run_node(node)
-        if node.op == "call_function" and self._mend(node):
-            for interpreter in self.small:
-                interpreter.env[node] = interpreter.run_node(node)
+        if node.op == "call_function":
+            self._mend(node)
         for interpreter in both:
             for gone in interpreter.user_to_last_uses.get(node, []):
                 del interpreter.env[gone]
 
-    def _mend(self, node: fx.Node) -> bool:
-        """Mend what a node reads with, where its inputs are other ones than before."""
+    def _mend(self, node: fx.Node) -> None:
+        """Mend what a node reads with, where its inputs are other ones than before; it is run again
+        each time, so that what is mended next makes good for the rest.
+        """
         schema = getattr(node.target, "_schema", None)
         op = "" if schema is None else schema.name.rpartition("::")[2]
         if not node.args or node in self.small[0].whole:
-            return False
+            return
         if op == "batch_norm" and "recalibrate" in self.repairs.steps:
-            return self._recalibrate(node)
-        return self._refit(node, op)
+            mendings = [partial(self._recalibrate, node)]
+        else:
+            mendings = [partial(self._refit, node, reader) for reader in readers_of(node, op)]
+        for mended in mendings:
+            for interpreter in self.small if mended() else ():
+                interpreter.env[node] = interpreter.run_node(node)
 
     def _same(self, source: fx.Node) -> bool:
         """Whether a value is what it was in all batches."""
@@ -257,17 +263,16 @@ class _Walk:
         self._change(var, var.of(self.kept) * ratio)
         return True
 
-    def _refit(self, node: fx.Node, op: str) -> bool:
-        readers = [x for x in readers_of(node, op) if self.views.seen(x.weight) is not None]
-        mended = [self._refitted(node, x) for x in readers if not self._same(x.source)]
-        return any(mended)
-
-    def _refitted(self, node: fx.Node, reader: Reader) -> bool:
+    def _refit(self, node: fx.Node, reader: Reader) -> bool:
         held = self.views.seen(reader.weight)
+        if held is None or self._same(reader.source):
+            return False
         weight, bias = (self.views.own(node, x) for x in (reader.weight, reader.bias))
         weight = weight if "refit" in self.repairs.steps else None
-        bias = bias if "shift" in self.repairs.steps else None
-        if held is None or (weight is None and bias is None):
+        groups, outputs = reader.matrix(held.of(self.kept)).shape[:2]
+        of_each = bias is not None and bias.of(self.kept).shape[-1:] == (groups * outputs,)
+        bias = bias if of_each and "shift" in self.repairs.steps else None
+        if weight is None and bias is None:
             return False
         free = self._is_normed(node) or bias is not None
         fit = Fit(reader, held.of(self.kept), held.of(self.alive), centred=free)

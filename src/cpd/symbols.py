@@ -189,7 +189,7 @@ def _chosen(holds: Any, then: Any, other: Any) -> Any:
 
 def _computed(env: Any, function: Callable[..., Any], nodes: Sequence[Any]) -> Count:
     rows = tuple(x.row if isinstance(x, Count) else env.number(x.hint).row for x in nodes)
-    key = (function, *rows)
+    key = (function, *rows, *(type(row[0]) for row in rows))  # 1 and 1.0 are equal, not the same
     if key not in env.answers:
         env.answers[key] = _row(function, rows)
     return Count.of(env, env.answers[key])

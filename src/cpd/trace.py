@@ -94,8 +94,8 @@ def quiet_state(*, fused: bool = False) -> Iterator[None]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Let the collector of cycles leave alone what is older: it would walk every module and every
-    call again and again, a tenth of the time and more, and find nothing.
+    """Let full collections of cycles wait: each of several would walk every module and every call
+    that there is. Younger ones go on.
     """
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, _SELDOM)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["described", "pruned"]
 
-AUTO = 4  # batches that repair, of which repair="auto" keeps what it does if a fifth one says so
-
 
 def pruned(
     network: nn.Module,
@@ -32,9 +30,10 @@ def pruned(
     Without data (`samples["data"]` is nothing) only importances that read weights alone will do.
     """
     import cpd
+    from cpd.compress.run import AUTO_REPAIR
     from cpd.importance import resolve
 
-    if isinstance(repair, str) and repair != "auto":
+    if repair != "auto" and not (isinstance(repair, int) and repair >= 0):
         raise InputError(f"repair is a number of batches, 0 for none, or auto; got {repair!r}")
     spec = named("importance", importance)
     if samples["data"] is None:
@@ -44,9 +43,8 @@ def pruned(
             what = f"repair={repair}" if repair else f"importance {importance}"
             raise InputError(f"{what} needs samples: also give --data, such as --data digits")
         return cpd.prune(network, inputs, importance=spec, **options)
-    count = AUTO + 1 if repair == "auto" else int(repair)
-    wanted = max(count, samples["batches"])
-    found = Samples(**{**samples, "part": "train", "batches": wanted})
+    count, scored = AUTO_REPAIR if repair == "auto" else int(repair), samples["batches"]
+    found = Samples(**{**samples, "part": "train", "batches": max(count, scored)})
     if repair == "auto" and len(found.inputs) < 2:
         raise InputError("repair=auto needs two batches of training data: one to judge by")
     mending = found.inputs[:count]
@@ -54,7 +52,7 @@ def pruned(
     return cpd.prune(
         network.eval(),
         inputs,
-        importance=lambda model, groups: found.scores(spec, model, groups),
+        importance=lambda model, groups: found.scores(spec, model, groups, scored),
         repair={"batches": mending, **judge} if mending else None,
         **options,
     )

@@ -48,11 +48,15 @@ class Samples:
         args, kwargs, targets = unpack(batch)
         return self.judge.loss(model(*args, **kwargs), targets)
 
-    def scores(self, spec: Any, network: nn.Module, groups: Groups) -> Scores:
-        """Scores by an importance; of the weights alone where it needs no more."""
+    def scores(
+        self, spec: Any, network: nn.Module, groups: Groups, batches: int | None = None
+    ) -> Scores:
+        """Scores by an importance, on the first ``batches`` (all, where that is nothing); of the
+        weights alone where it needs no more.
+        """
         from cpd.importance import collect, resolve, score
 
         importance = resolve(named("importance", spec))
         if importance.needs_gradient or getattr(importance, "needs_forward", False):
-            return collect(importance, network, groups, self.batches, self.trained)
+            return collect(importance, network, groups, self.batches[:batches], self.trained)
         return score(importance, network, groups)
