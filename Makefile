@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo demo-seg study paper-costs bench bench-accuracy bench-latency zoo fuzz fuzz-files kills slow lint format types layers clean
+.PHONY: setup test demo demo-seg study paper-costs rules bench bench-accuracy bench-latency bench-large zoo fuzz fuzz-files kills slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -60,7 +60,7 @@ demo-seg: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo-seg.yaml --output out/demo-seg --overwrite true
 
 # The paper's questions at small scale, two runs at a time; stopped and started at will.
-STUDIES := table4 figure5 table3
+STUDIES := table4 figure5 table3 digits-table4 digits-figure5 digits-table3
 RUNS := $(foreach name,$(STUDIES),$(foreach seed,0 1 2,study-$(name)-$(seed)))
 
 study: $(STAMP)
@@ -68,10 +68,11 @@ study: $(STAMP)
 	for name in $(STUDIES); do $(BIN)/python -m cpd.cli study recipes/study/$$name.yaml || exit; done
 
 study-%: $(STAMP)
-	$(BIN)/python -m cpd.cli study recipes/study/$(word 1,$(subst -, ,$*)).yaml --only.seed $(word 2,$(subst -, ,$*))
+	$(BIN)/python -m cpd.cli study recipes/study/$(patsubst %-$(lastword $(subst -, ,$*)),%,$*).yaml --only.seed $(lastword $(subst -, ,$*))
 
-# They share the runs with channel-wise distillation.
+# They share networks and runs with those of the losses.
 $(foreach seed,0 1 2,$(eval study-figure5-$(seed): study-table4-$(seed)))
+$(foreach name,figure5 table3,$(foreach seed,0 1 2,$(eval study-digits-$(name)-$(seed): study-digits-table4-$(seed))))
 
 # What the full-size tables cost before and after, with random weights.
 paper-costs: $(STAMP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -278,7 +279,10 @@ def test_a_teacher_of_ones_own_stays_as_it_is():
     teacher = normed().train()
     teacher.stem[0].weight.requires_grad_(False)
     before = tensors(teacher), [p.requires_grad for p in teacher.parameters()]
-    compress(normed(), **keywords(teacher=teacher))
+    result = compress(normed(), **keywords(teacher=teacher))
+    assert re.search(
+        r"The teacher on the same data: [\d,]+ parameters, top1 [01]\.", str(result.report)
+    )
     assert all(module.training for module in teacher.modules())
     assert [p.requires_grad for p in teacher.parameters()] == before[1]
     assert all(torch.equal(tensor, before[0][n]) for n, tensor in tensors(teacher).items())
@@ -286,7 +290,8 @@ def test_a_teacher_of_ones_own_stays_as_it_is():
 
 def test_without_a_teacher(tmp_path):
     folder = tmp_path / "out"
-    compress(network().float(), **keywords(teacher=None, output=folder))
+    result = compress(network().float(), **keywords(teacher=None, output=folder))
+    assert "The teacher" not in str(result.report)
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert all(list(e["terms"]) == ["task"] for e in entries if e.get("event") == "step")
 
@@ -444,6 +449,19 @@ def test_losses_that_cannot_be_attached_are_met_before_the_base_is_trained(teach
     given = keywords(base=base, teacher=teacher, losses=losses)
     with pytest.raises(errors.CPDError, match=text):
         compress(normed(), **given, callbacks=(Break("base", 1),))
+
+
+@pytest.mark.parametrize("losses", [{"inner": {"at": "stem"}}, {"mgd": {"at": "stem"}}])
+def test_a_point_narrower_than_another_teacher_is_met_before_a_unit_goes(losses):
+    """The student is as wide as its sibling until it is cut."""
+    with pytest.raises(errors.InputError, match=r"'stem': the student gives .*, the teacher"):
+        compress(
+            normed(), **keywords(teacher=normed(), losses=losses), callbacks=(Break("prune", 1),)
+        )
+
+
+def test_relations_inside_a_map_have_another_teacher_of_any_width():
+    compress(normed(), **keywords(teacher=normed(), losses={"skd": {"at": "stem"}}))
 
 
 def test_networks_are_measured_with_the_workers_of_the_recovery(monkeypatch):

@@ -436,6 +436,7 @@ def test_there_is_a_study_for_every_table_and_figure() -> None:
     names = [f"{path.parent.name}/{path.stem}" for path in STUDIES]
     assert names == [
         *("paper/figure5", "paper/table1", "paper/table2", "paper/table3", "paper/table4"),
+        *("study/digits-figure5", "study/digits-table3", "study/digits-table4"),
         *("study/figure5", "study/table3", "study/table4"),
     ]
 
@@ -457,11 +458,19 @@ def test_every_cell_of_a_recipe_can_run(path: Path) -> None:
     assert len(addresses) == len(study.cells())
 
 
-def test_figure_5_shares_its_runs_with_table_4() -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ("table4", "figure5", 6),
+        ("digits-table4", "digits-figure5", 6),
+        ("digits-table4", "digits-table3", 12),
+    ],
+)
+def test_studies_share_runs(one: str, other: str, shared: int) -> None:
     found = {}
-    for name in ("table4", "figure5"):
+    for name in (one, other):
         path = RECIPES / "study" / f"{name}.yaml"
         study = Study.of(read(path), lambda name, path=path: read(path.parent / name))
         found[name] = {study.address(cell.values) for cell in study.cells()}
         assert study.folder == Path("out/study/runs")
-    assert len(found["table4"] & found["figure5"]) == 6
+    assert len(found[one] & found[other]) == shared

@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "batch": 64,
     "optimizer": "AdamW, one cycle, weight decay 0.05",
     "memory": "channels last while it trains",
-    "epochs": {"ViT": 60, "MobileNetV2": 40, "DenseNet": 30, "": 20},
+    "epochs": {"ViT": 90, "MobileNetV2": 40, "DenseNet": 30, "": 20},
     "rate": {"ViT": 2e-3, "": 5e-3},
     "recovery_epochs": 3,
     "recovery_rate": {"ViT": 1e-3, "": 2e-3},

@@ -78,7 +78,7 @@ def test_logits_and_features_and_their_mean(pair) -> None:
     spec = {
         "kd": {"weight": 2.0},
         "cwd": {"at": ["stem", "body.1"], "weight": 3.0},
-        "ifvd": {"at": "body"},
+        "ifvd": {"at": "body", "weight": 1.0},
     }
     terms, own, other = step(attached(spec, *pair))
     assert list(terms) == ["kd", "cwd", "ifvd"]
@@ -166,7 +166,9 @@ def test_stateful_losses_see_the_teachers_coordinates(cut) -> None:
 def test_relations_take_the_whole_teacher(cut) -> None:
     teacher, small, plan = cut
     kept = kept_at(plan.groups, plan, ["body"])
-    terms, own, other = step(attached({"skd": {"at": "body"}}, small, teacher, kept=kept))
+    terms, own, other = step(
+        attached({"skd": {"at": "body", "weight": 1.0}}, small, teacher, kept=kept)
+    )
     torch.testing.assert_close(terms["skd"], losses.skd(own["body"], other["body"]))
 
 

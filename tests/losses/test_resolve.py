@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -78,9 +79,57 @@ def test_a_weight_that_changes_is_used(pair: tuple[torch.Tensor, torch.Tensor]) 
 def test_features_need_two_networks(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     resolved = losses.resolve({"cwd": {"at": ["neck", "head"]}, "inner": {"at": "neck"}})
     assert resolved.points == ("neck", "head")
-    assert str(resolved).startswith("1 * cwd(student, teacher) at neck, head")
+    assert str(resolved).startswith("50 * cwd(student, teacher) at neck, head")
     with pytest.raises(InputError, match="'cwd' looks at modules of the networks"):
         resolved(*pair)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("cwd", "3 * cwd(student, teacher)"),
+        ({"cwd": {"at": "neck"}}, "50 * cwd(student, teacher) at neck"),
+        ({"cwd": {"weight": 5}}, "5 * cwd(student, teacher)"),
+        ({"deep": {"loss": "inner", "at": "neck"}}, "20 * deep: inner(student, teacher) at neck"),
+        ({"at": {"at": "neck"}}, "10000 * at(student, teacher) at neck"),
+        ({"skd": {"at": "neck"}}, "10 * skd(student, teacher) at neck"),
+        ({"ifvd": {"at": "neck"}}, "20 * ifvd(student, teacher) at neck"),
+        ({"kd": {"standardise": True}}, "9 * kd(student, teacher, temperature=2.0)"),
+        ({"dkd": {"standardise": True}}, "1 * dkd(student, teacher)"),
+        (
+            {"kd": {"standardise": True, "temperature": 3.0}},
+            "9 * kd(student, teacher, temperature=3.0)",
+        ),
+        ({"mgd": {"at": "neck"}}, "1 * mgd(student, teacher) at neck"),
+    ],
+)
+def test_a_weight_that_is_left_out_is_the_official_one(spec: object, text: str) -> None:
+    """The tables 3.4 and 3.5 of the formulas that the project goes by."""
+    assert str(losses.resolve(spec)) == text
+
+
+@pytest.mark.parametrize(
+    ("loss", "official"),
+    [
+        ("kd", {"temperature": 1.0}),
+        ("dkd", {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}),
+        ("dist", {"temperature": 1.0, "inter": 1.0, "intra": 1.0}),
+        ("nkd", {"gamma": 1.5, "temperature": 1.0}),
+        ("cwd", {"temperature": 4.0}),
+        ("skd", {"pool": 2}),
+        ("cirkd", {"batch": 1.0, "pixel": 0.1, "region": 0.1, "temperature": 0.1, "soften": 1.0}),
+        ("cirkd", {"pixels": 20000, "regions": 2000, "update": 16}),
+        ("cirkd", {"sampled_pixels": 4096, "sampled_regions": 1024}),
+        ("mgd", {"alpha": 2e-5, "mask": 0.75}),
+        ("af_dcd", {"feature": 2e-6, "contrastive": 0.04, "temperature": 0.07, "mask": 0.75}),
+        ("af_dcd", {"groups": 16, "patch": 4}),
+    ],
+)
+def test_an_option_that_is_left_out_is_the_official_one(
+    loss: str, official: dict[str, float]
+) -> None:
+    parameters = inspect.signature(losses.SHELF[loss]).parameters
+    assert {name: parameters[name].default for name in official} == official
 
 
 def test_the_spec_is_not_changed() -> None:

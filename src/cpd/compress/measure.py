@@ -43,7 +43,7 @@ def report(
         config=config.to_dict(),
         environment=environment() if run.main else {},
         proof=proof,
-        notes=plan.notes,
+        notes=(*plan.notes, *_of_the_teacher(run)),
         pictures=pictures(run, networks) if run.main else (),
         title=f"{config.model or type(networks['before']).__name__} → {_shown(config.target)}",
     )
@@ -55,23 +55,36 @@ def _shown(target: Any) -> str:
     return ", ".join(f"{cost}={share:g}" for cost, share in target.items())
 
 
+def _of_the_teacher(run: Run) -> tuple[str, ...]:
+    """What another network that taught can do itself: a student is to be judged beside it."""
+    if run.teacher is None or run.config.teacher == "self":
+        return ()
+    said = [f"{costs.params(run.teacher):,} parameters"]
+    said += [f"{k} {v:.4f}" for k, v in _accuracy(run, run.teacher).items() if "_" not in k]
+    return (f"The teacher on the same data: {', '.join(said)}.",)
+
+
 def _counted(run: Run, network: nn.Module) -> dict[str, Any]:
-    """Metrics on the test data (or, without, the validation data), parameters and MACs."""
-    source = getattr(run.data, "test", None)
-    source = getattr(run.data, "val", None) if source is None else source
-    accuracy = {}
-    if source is not None:
-        batches = _batches(run, source)
-        accuracy = evaluate(network.to(run.device), batches, run.task, run.device)
-        network.to(run.home)
-    found = {
-        "accuracy": accuracy,
+    """Metrics, parameters and MACs."""
+    found: dict[str, Any] = {
+        "accuracy": _accuracy(run, network),
         "params": costs.params(network),
         "macs": costs.macs(network, run.example_inputs),
     }
     if "memory" in parse_target(run.config.target):
         found["memory"] = costs.memory(network, run.example_inputs)
     return found
+
+
+def _accuracy(run: Run, network: nn.Module) -> dict[str, float]:
+    """Metrics on the test data (or, without, the validation data)."""
+    source = getattr(run.data, "test", None)
+    source = getattr(run.data, "val", None) if source is None else source
+    if source is None:
+        return {}
+    accuracy = evaluate(network.to(run.device), _batches(run, source), run.task, run.device)
+    network.to(run.home)
+    return accuracy
 
 
 def _batches(run: Run, source: Any) -> Batches:

@@ -212,20 +212,22 @@ class Run:
         self.groups = groups
         kept = self._kept(plan)  # a point that a loss cannot look at is met here too
         if config.base is not None and not self.past("base"):
-            self._attachable(kept)
+            self._attachable(self.model, kept)
+        if config.teacher != "self" and self.losses.points and self.journal.resumed is None:
+            self._attachable(cut(self.model, plan, verify=False), kept)  # as wide as it will be
         if self.journal.resumed is None:
             self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
         return groups
 
-    def _attachable(self, kept: loss_shelf.Kept) -> None:
-        """Bind the losses once, to copies: what fails would do so only after the base is trained.
+    def _attachable(self, model: nn.Module, kept: loss_shelf.Kept) -> None:
+        """Bind the losses once, to copies: what fails would do so only after a stage is trained.
 
         Raises what ``attach`` raises.
         """
         other = self.model if self.config.teacher == "self" else self.teacher
         if other is None:
             return
-        student, teacher = (copy.deepcopy(each).to(self.home) for each in (self.model, other))
+        student, teacher = (copy.deepcopy(each).to(self.home) for each in (model, other))
         loss_shelf.attach(
             self.losses,
             student,

@@ -83,6 +83,17 @@ SHELF: dict[str, Loss] = {
 RELATIONS = (at, ifvd, skd)
 # Of logits alone: over the classes, which features do not have.
 DECISIONS = (dkd, hard, nkd)
+# Official weights on (logits, features) where a recipe gives none; 1 for every other loss. Those of
+# mgd, af_dcd and the terms of cirkd are options of theirs.
+WEIGHTS: dict[Loss, tuple[float, float]] = {
+    at: (1e4, 1e4),
+    cwd: (3.0, 50.0),
+    ifvd: (20.0, 20.0),
+    inner: (20.0, 20.0),
+    skd: (10.0, 10.0),
+}
+# With standardised logits, kd alone (Sun et al., 2024): temperature and weight.
+STANDARDISED = (2.0, 9.0)
 # What a recipe may say of any loss, beside the options of its function.
 COMMON = ("loss", "weight", "warmup", "decay", "at", "axis", "standardise")
 
@@ -95,12 +106,13 @@ def resolve(spec: object) -> Losses:
         empty mapping for no losses; or what an earlier call returned.
 
     Options are keywords of the loss, and for every loss:
-        weight: ≥ 0, multiplies the term; 1 where left out.
+        weight: ≥ 0, multiplies the term; the official one where left out, see ``WEIGHTS``.
         warmup: steps over which the weight rises linearly. decay: share of it left at the end of
             the stage, in [0, 1].
         at: path of a module, or several, whose output the loss sees instead of the logits; over
             several it is the mean. axis: axis of the channels there, 1 where left out.
-        standardise: standardise the logits first, see ``standardised``.
+        standardise: standardise the logits first, see ``standardised``; kd then has temperature 2
+            and weight 9 where left out.
         loss: name of the shelf, where the entry is called otherwise: one loss twice.
 
     ``{"kd": {"weight": 3.0, "temperature": 4.0}, "deep": {"loss": "cwd", "at": "neck"}}``
@@ -125,11 +137,15 @@ def _term(name: str, options: dict[str, Any]) -> Term:
     valid = [word for word in _shelf.keywords(function)[2:] if word != "labels"]
     _shelf.check_options("loss", name, options, (*COMMON[1:], *valid))
     common = {word: options.pop(word) for word in COMMON if word in options}
+    usual = WEIGHTS.get(function, (1.0, 1.0))[common.get("at") is not None]
+    if _flag(name, common) and function is kd:
+        temperature, usual = STANDARDISED
+        options.setdefault("temperature", temperature)
     term = Term(
         name,
         standardised(function) if _flag(name, common) else function,
         options,
-        weight=float(_number(name, common, "weight", 1.0)),
+        weight=float(_number(name, common, "weight", usual)),
         warmup=_whole(name, common, "warmup"),
         decay=_part(name, common),
         at=_paths(name, common),
