@@ -9,7 +9,7 @@ trial in `comb` and the proof in `verify` tell when it is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,11 +23,14 @@ NORM_AND_CONV = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.conv._ConvNd
 
 
 class Use(NamedTuple):
-    """A literal size where it is used: by which module's code, in a call of what."""
+    """A literal size where it is used: by which module's code, in a call of what, and whether it is
+    the bound of a slice that halves an axis.
+    """
 
     path: str
     op: str
     size: Size
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,34 @@ class Site:
 
 def find_sites(model: nn.Module, uses: Iterable[Use], handed_on: HandedOn) -> list[Site]:
     """Return the attributes behind literal sizes."""
-    uses, unsure = list(uses), set[Holder]()
+    uses, unsure = list(uses), _Unsure()
     for use in uses:
-        _places(model, use, lambda holder, *_: unsure.add(holder), lambda _: False)
-    handed_on.ask(unsure)
+        _places(model, use, unsure)
+    handed_on.ask(unsure.holders)
     by_place: dict[Holder, list[Size]] = {}
     for use in uses:
-        for place in _places(model, use, handed_on, handed_on.unknown):
+        for place in _places(model, use, handed_on):
             by_place.setdefault(place, []).append(use.size)
     return [Site(*place, tuple(sizes)) for place, sizes in by_place.items()]
 
 
-def _places(
-    model: nn.Module,
-    use: Use,
-    reaches: Callable[..., Any],
-    unknown: Callable[[Holder], bool],
-) -> list[Holder]:
+class _Unsure:
+    """Answers as `HandedOn` does, that nothing is known, and notes what it is asked about."""
+
+    def __init__(self) -> None:
+        self.holders: set[Holder] = set()
+
+    def __call__(self, holder: Holder, *_: Any) -> bool:
+        self.holders.add(holder)
+        return False
+
+    def unknown(self, _: Holder) -> bool:
+        return False
+
+    unseen = unknown
+
+
+def _places(model: nn.Module, use: Use, reaches: HandedOn | _Unsure) -> list[Holder]:
     """Return the attributes that may hold a size: the module's own, of several those that reach
     the call where any does; or those around it that reach its calls, or may do so where none is
     known to.
@@ -97,11 +111,14 @@ def _places(
             return [(path, *place) for place in found]
         places = [(path, *place) for place in found]
         if path != use.path:
-            perhaps = perhaps or [place for place in places if unknown(place)]
+            perhaps = perhaps or [place for place in places if reaches.unknown(place)]
             places = [place for place in places if reaches(place, use.path)]
+        elif use.half:  # mostly computed: an attribute may be as large by chance
+            places = [x for x in places if reaches(x, path, use.op) or reaches.unknown(x)]
         elif len(places) > 1:
             there = [place for place in places if reaches(place, path, use.op, size.index)]
-            places = there or places
+            # a number of other calls alone is less likely than one of a way that was not run
+            places = there or [x for x in places if reaches.unseen(x)] or places
         if places or not path:
             return places or perhaps
         path = path.rpartition(".")[0]

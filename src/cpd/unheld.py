@@ -6,9 +6,10 @@ import numpy as np
 
 from .aliases import op_name
 from .channels import Ids
-from .graph import Reader
+from .graph import Reader, Step
 from .handed import HandedOn
 from .replace import Replacements
+from .rules import Size
 from .sizes import Site, Use
 from .trace import location
 
@@ -18,10 +19,16 @@ _BY_NUMBER = ("mul", "div")
 def uses(reader: Reader) -> list[Use]:
     """Return every literal size that a call carries."""
     return [
-        Use(location(step.node)[0], op_name(step.node), size)
+        Use(location(step.node)[0], op_name(step.node), size, _halves(step, size))
         for step in reader.steps
         for size in step.sizes
     ]
+
+
+def _halves(step: Step, size: Size) -> bool:
+    """Whether a size is the bound of a slice that cuts an axis into halves."""
+    bound = size.arg in ("start", "end")
+    return bound and 2 * size.old == step.args["self"].shape[size.axis]
 
 
 def balance_shared(reader: Reader, sites: list[Site]) -> None:
@@ -49,9 +56,8 @@ def freeze_unheld(reader: Reader, replaced: Replacements, sites: list[Site]) -> 
     held = {id(size) for site in sites for size in site.sizes}
     for step in reader.steps:
         for size in step.sizes:
-            whole = step.args["self"].shape[size.axis] if size.arg in ("start", "end") else 0
-            half = 2 * size.old == whole and step.node not in written
-            if not whole or id(size) in held or half:
+            half = _halves(step, size) and step.node not in written
+            if size.arg not in ("start", "end") or id(size) in held or half:
                 continue
             path, why = location(step.node)[0], "no attribute holds the bound of a slice"
             if path in replaced.active or replaced.enable([path], why):

@@ -18,10 +18,13 @@ def expanded(call: Call, x: Labels, shape: tuple[int, ...]) -> Labels:
         if shape[axis] == 1 or (axis >= offset and x.shape[axis - offset] > 1):
             continue
         out = Labels(shape, tuple(layers))
-        rows = None if out.owned(axis - 1) else out.at(axis - 1, call.channels)
+        own = out.owned(axis - 1)
+        of_rows = any(axis - 1 in e.axes[:-1] for e in layers)  # what it owns then counts rows
+        rows = out.at(axis - 1, call.channels) if own is None or of_rows else None
         if rows is not None:
             ids = call.channels.new(*rows.ids.shape, shape[axis])
             call.channels.unite(call.channels.rows(ids), rows.ids)
+            layers = [e for e in layers if e is not own]  # the copies say it
             layers.append(Layer((*rows.axes, axis), ids, zero=False))
         elif not any(min(e.axes) < axis for e in layers):
             layers.append(Layer((axis,), call.channels.new(shape[axis]), zero=False))
