@@ -19,6 +19,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+EQUAL = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
 PHI3 = {**SIZES, **HEADS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -94,15 +95,20 @@ NETS: dict[str, tuple[Callable[[str], tuple[nn.Module, Any]], set[str]]] = {
         lambda a: causal("Llama", a, **SIZES, **HEADS, tie_word_embeddings=True),
         {"channels", "heads", "head groups", "head dims"},
     ),
+    # half a head has as many dims as a key has queries, and nothing else in common with it
+    "llama, equal sizes": (
+        lambda a: causal("Llama", a, **SIZES, **EQUAL),
+        {"channels", "heads", "head groups", "head dims"},
+    ),
     "qwen3": (
         lambda a: causal("Qwen3", a, **SIZES, **HEADS, head_dim=12),
-        {"channels", "head dims"},
+        {"channels", "heads", "head groups", "head dims"},
     ),
     "phi3": (
         lambda a: causal("Phi3", a, **PHI3),
-        {"channels"},
+        {"channels"},  # heads with sdpa alone: only there a replaced forward follows the slices
     ),
-    "gpt2": (gpt2, {"channels"}),
+    "gpt2": (gpt2, {"channels", "heads", "head dims"}),
     "bert": (bert, {"channels", "heads", "head dims"}),
     "whisper": (whisper, {"channels", "heads", "head dims"}),
 }
@@ -140,6 +146,17 @@ def test_every_attention_and_mode(name: str, attention: str, exact: bool) -> Non
 @pytest.mark.parametrize("make", [t5, mamba])
 def test_other_architectures(make: Callable[[], tuple[nn.Module, Any]], exact: bool) -> None:
     check(make(), {"channels"}, exact=exact)
+
+
+def test_experts_of_each_token_have_channels_and_no_heads() -> None:
+    """Their weights are picked by data and multiplied in batches, as an attention's activations."""
+    sizes = {**SIZES, **HEADS, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model, inputs = causal("Mixtral", **sizes)
+    model.set_experts_implementation("batched_mm")
+    groups = cpd.comb(model, inputs)
+    found = {g.name: {f.kind for f in g.families} for g in groups if "experts" in g.name}
+    assert set(map(frozenset, found.values())) == {frozenset({"channels"})}, groups
+    assert {"heads", "head groups", "head dims"} <= kinds(groups)
 
 
 def test_rotary_pairs_go_together_in_all_layers_and_the_table_follows() -> None:

@@ -25,6 +25,7 @@ _OPERANDS = {
     "bmm": ("self", "mat2"),
     "baddbmm": ("batch1", "batch2"),
 }
+_PICKS = ("index", "index_select")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +40,28 @@ def attended(reader: Reader) -> Attended:
     """Find the axes of heads and head dims in a graph that was read."""
     heads: list[Ids] = [np.empty(0, np.int64)]
     dims: list[Ids] = [np.empty(0, np.int64)]
+    weights = _of_weights(reader)
     for step in reader.steps:
         apart: list[Ids] = []
         read: list[Ids] = []
-        for labels, batch in _operands(step, reader.weights):
+        for labels, batch in _operands(step, weights):
             for axis in range(len(labels.shape)):
                 (apart if axis in batch else read).append(_along(labels, axis, reader.channels))
         if sum(len(ids) for ids in apart):
             heads += apart
             dims += read
     return Attended(np.concatenate(heads), np.concatenate(dims))
+
+
+def _of_weights(reader: Reader) -> set[fx.Node]:
+    """Nodes made of weights alone, or picked of them by data: the experts of each token."""
+    found = set(reader.weights)
+    for step in reader.steps:
+        inputs = step.node.all_input_nodes
+        picked = op_name(step.node) in _PICKS and inputs[:1] and inputs[0] in found
+        if picked or (inputs and found.issuperset(inputs)):
+            found.add(step.node)
+    return found
 
 
 def _along(labels: Labels, axis: int, channels: Channels) -> Ids:
