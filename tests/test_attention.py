@@ -220,6 +220,19 @@ def test_what_is_not_cut_stays_fused() -> None:
         assert difference([got[0][case.padded]], [bias]) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_a_class_that_is_to_be_kept_is_kept(name: str) -> None:
+    case = CASES[name]
+    model = randomised(Net(case.inner(), case.call))
+    groups = cpd.comb(model, case.inputs, keep_class="strict")
+    assert "the class is to be kept" in str(groups)
+    plan = cpd.choose(groups, random_scores(groups, 1), "params=0.7", unreachable="closest")
+    small = cpd.cut(model, plan)
+    assert cpd.costs.params(small) < cpd.costs.params(model)
+    kept = {n: type(m) for n, m in model.named_modules()}
+    assert {n: type(m) for n, m in small.named_modules()} == kept
+
+
 def test_in_place_and_as_a_copy() -> None:
     case = CASES["encoder"]
     model = randomised(Net(case.inner(), case.call))

@@ -54,7 +54,8 @@ def comb(
         unknown: "freeze" keeps what an operator without a rule touches and says so; "error" refuses
             it.
         keep_class: "loose" lets a module whose code computes a size that no attribute holds run a
-            forward as data, in a subclass of its class; "strict" keeps its channels instead.
+            forward as data, in a subclass of its class, and `nn.MultiheadAttention` become one with
+            an inner width of its own; "strict" keeps their channels instead.
         depth: also find residual branches that may go whole (`groups.branches`); those that cannot
             are in `groups.kept_branches`, with the reason.
 
@@ -74,6 +75,8 @@ def comb(
     reader = Reader(graph, exact=exact, unknown=unknown)
     with uncollected():
         held = _read(model, reader, training, ignored)
+        if keep_class == "strict":
+            _freeze_attentions(model, reader)
         replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
         groups = _combed(model, reader, replaced)
     groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
@@ -148,6 +151,16 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
             for layer in made:
                 reader.channels.freeze(layer.ids, "ignored by the user")
     return every
+
+
+def _freeze_attentions(model: nn.Module, reader: Reader) -> None:
+    """Keep what a layer of attention could lose only as a subclass: its class has one width."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            mine = [n for n, _ in named_tensors(model) if n.startswith(f"{path}." if path else "")]
+            for name in mine:
+                for layer in reader.labels[reader.trace.aliases[name]].layers:
+                    reader.channels.freeze(layer.ids, "the class is to be kept")
 
 
 def _training(model: nn.Module, graph: Trace, example_inputs: Inputs) -> Trace | None:
