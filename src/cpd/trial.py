@@ -22,6 +22,7 @@ from .sizes import NORM_AND_CONV
 from .trace import location
 from .units import Family
 
+_ROUNDS = 3  # modules for which others of a kind are tried without what passes through them
 _PARTS = ("start", "end", "length", "groups", "num_groups", "split_size")
 
 
@@ -53,11 +54,7 @@ def _freeze_unfollowed(groups: Groups, run: Runs) -> None:
         open_ = any(loose[groups.units.closure(classes_of(f))].any() for f in kind)
         if together is None and not open_:
             continue
-        error = _tried(groups, kind, run, halves=open_)
-        if error is not None:
-            error = _tried_replaced(groups, kind, run, error)
-        if error is not None:
-            freeze(groups, kind, f"the code cannot follow: {error.text}", error.place)
+        _freeze_kind(groups, kind, run, halves=open_)
     kept = [f for kind in suspects.values() for f in kind if f in groups.units.families]
     error = run(without(groups, kept))
     if error is not None:
@@ -65,6 +62,33 @@ def _freeze_unfollowed(groups: Groups, run: Runs) -> None:
     if error is not None:
         why = f"the code cannot follow together with others: {error.text}"
         freeze(groups, kept, why, error.place)
+
+
+def _freeze_kind(groups: Groups, kind: list[Family], run: Runs, *, halves: bool) -> None:
+    """Keep those of a kind that pass through a module whose code fails, while the others follow.
+
+    Where many modules fail, the rest of the kind is kept with the last one's reason.
+    """
+    for left in range(_ROUNDS, -1, -1):
+        error = _tried(groups, kind, run, halves=halves)
+        if error is not None:
+            error = _tried_replaced(groups, kind, run, error)
+        if error is None:
+            return
+        halves = True  # the same code may fit others by chance
+        guilty = _through(groups, kind, error.paths[:1]) if left else kind
+        freeze(groups, guilty or kind, f"the code cannot follow: {error.text}", error.place)
+        kind = [f for f in kind if any(f is free for free in groups.units.families)]
+        if not kind:
+            return
+
+
+def _through(groups: Groups, families: list[Family], paths: tuple[str, ...]) -> list[Family]:
+    """Return the families that change what passes through modules."""
+    mine = np.zeros(groups.units.count, bool)
+    for path in paths:
+        mine[groups.units.label[groups.replaced.passing(path)]] = True
+    return [f for f in families if mine[groups.units.closure(classes_of(f))].any()]
 
 
 def _followed(groups: Groups, families: list[Family], run: Runs) -> Failure | None:
