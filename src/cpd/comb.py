@@ -29,7 +29,7 @@ from .solver import solve
 from .terms import Terms, factors_of
 from .trace import Inputs, Trace, named_tensors, trace, uncollected, used_tensors
 from .trial import freeze_unfollowed
-from .unheld import balance_shared, freeze_operands, freeze_unheld, uses
+from .unheld import balance_shared, freeze_attentions, freeze_operands, freeze_unheld, uses
 from .units import Family, Units
 
 
@@ -76,7 +76,7 @@ def comb(
     with uncollected():
         held = _read(model, reader, training, ignored)
         if keep_class == "strict":
-            _freeze_attentions(model, reader)
+            freeze_attentions(model, reader)
         replaced = Replacements(model, graph, reader.steps, strict=keep_class == "strict")
         groups = _combed(model, reader, replaced)
     groups.options.update(exact=exact, unknown=unknown, keep_class=keep_class)
@@ -151,16 +151,6 @@ def _freeze_ignored(model: nn.Module, reader: Reader, ignore: list[str | nn.Modu
             for layer in made:
                 reader.channels.freeze(layer.ids, "ignored by the user")
     return every
-
-
-def _freeze_attentions(model: nn.Module, reader: Reader) -> None:
-    """Keep what a layer of attention could lose only as a subclass: its class has one width."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            mine = [n for n, _ in named_tensors(model) if n.startswith(f"{path}." if path else "")]
-            for name in mine:
-                for layer in reader.labels[reader.trace.aliases[name]].layers:
-                    reader.channels.freeze(layer.ids, "the class is to be kept")
 
 
 def _training(model: nn.Module, graph: Trace, example_inputs: Inputs) -> Trace | None:

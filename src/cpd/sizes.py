@@ -113,15 +113,22 @@ def _places(model: nn.Module, use: Use, reaches: HandedOn | _Unsure) -> list[Hol
         if path != use.path:
             perhaps = perhaps or [place for place in places if reaches.unknown(place)]
             places = [place for place in places if reaches(place, use.path)]
-        elif use.half:  # mostly computed: an attribute may be as large by chance
-            places = [x for x in places if reaches(x, path, use.op) or reaches.unknown(x)]
-        elif len(places) > 1:
-            there = [place for place in places if reaches(place, path, use.op, size.index)]
-            # a number of other calls alone is less likely than one of a way that was not run
-            places = there or [x for x in places if reaches.unseen(x)] or places
+        else:
+            places = _likely(places, use, reaches)
         if places or not path:
             return places or perhaps
         path = path.rpartition(".")[0]
+
+
+def _likely(places: list[Holder], use: Use, reaches: HandedOn | _Unsure) -> list[Holder]:
+    """Return those attributes of the module that makes a call which may hold its number."""
+    if use.half:  # mostly computed: an attribute may be as large by chance
+        return [x for x in places if reaches(x, use.path, use.op) or reaches.unknown(x)]
+    if len(places) < 2:
+        return places
+    there = [place for place in places if reaches(place, use.path, use.op, use.size.index)]
+    # a number of other calls alone is less likely than one of a way that was not run
+    return there or [x for x in places if reaches.unseen(x)] or places
 
 
 def _attributes(module: nn.Module, value: int) -> list[tuple[str, int | None]]:

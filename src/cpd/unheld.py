@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import nn
 
 from .aliases import op_name
 from .channels import Ids
@@ -11,7 +12,7 @@ from .handed import HandedOn
 from .replace import Replacements
 from .rules import Size
 from .sizes import Site, Use
-from .trace import location
+from .trace import location, named_tensors
 
 _BY_NUMBER = ("mul", "div")
 
@@ -89,3 +90,12 @@ def freeze_operands(reader: Reader, sites: list[Site], handed_on: HandedOn) -> N
             if layer is not None:
                 reader.channels.freeze_inner(layer.ids, "the code computes with this size")
     reader.at(None)
+
+
+def freeze_attentions(model: nn.Module, reader: Reader) -> None:
+    """Keep what a layer of attention could lose only as a subclass: its class has one width."""
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    inside = {id(tensor) for module in attentions for _, tensor in named_tensors(module)}
+    for name in [name for name, tensor in named_tensors(model) if id(tensor) in inside]:
+        for layer in reader.labels[reader.trace.aliases[name]].layers:
+            reader.channels.freeze(layer.ids, "the class is to be kept")

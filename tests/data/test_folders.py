@@ -177,6 +177,11 @@ def test_held_out_images_are_not_trained_on(ade: Path) -> None:
     )  # type: ignore[attr-defined]
     assert not train & val
     assert len(train | val) == 3
+    found.train.check()
+    found.val.check()
+    next(iter(val))[0].write_bytes(b"no image")
+    with pytest.raises(InputError, match="cannot read"):
+        found.train.check()
     with pytest.raises(InputError, match="hold_out must be from 0 to 2 training samples, got 3"):
         ade20k(str(ade), 32, hold_out=3)
 

@@ -1,4 +1,4 @@
-"""The shelf of data: functions that return a ``Data``, three data sets and what is in them."""
+"""The shelf of data: functions that return a ``Data``, five data sets and what is in them."""
 
 from __future__ import annotations
 

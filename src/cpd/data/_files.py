@@ -120,6 +120,18 @@ class Pairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             self.read(index)
 
 
+class Part(Subset[Any]):
+    """Some samples of a data set, which can be checked as it can."""
+
+    def __init__(self, samples: Any, numbers: Sequence[int]) -> None:
+        super().__init__(samples, numbers)
+        self.ragged = getattr(samples, "ragged", False)
+
+    def check(self) -> None:
+        """Read every file of the whole data set; InputError names the first that is wrong."""
+        self.dataset.check()  # type: ignore[attr-defined]
+
+
 def held_out(
     train: Dataset[Any], official: Dataset[Any], plain: Dataset[Any], count: int
 ) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
@@ -136,6 +148,8 @@ def held_out(
     if count == 0:
         return train, official, official
     out = {k * total // count for k in range(count)}
-    val = Subset(plain, sorted(out))
-    val.ragged = getattr(plain, "ragged", False)  # type: ignore[attr-defined]
-    return Subset(train, [k for k in range(total) if k not in out]), val, official
+    return (
+        Part(train, [k for k in range(total) if k not in out]),
+        Part(plain, sorted(out)),
+        official,
+    )
