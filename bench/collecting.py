@@ -62,10 +62,11 @@ def measure(network: str, rounds: int) -> dict[str, Any]:
         return process_time() - start, own
 
     for number in range(rounds + 1):
-        before, _ = timed()
         for name, importance in watching.items():
+            before, _ = timed()
             importance.start(model, groups)
             hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+            timed(importance)  # the first step of an interval also counts what is left
             seconds, own = timed(importance)
             importance.close()
             after, _ = timed()
@@ -73,7 +74,6 @@ def measure(network: str, rounds: int) -> dict[str, Any]:
                 inside = 2 * (seconds - own) / (before + after) - 1 if hooked else 0.0
                 shares[name].append(inside + own / (seconds - own))
                 plain.append(after)
-            before = after
     added = {name: median(found) for name, found in shares.items()}
     return {"network": network, "seconds": median(plain), "added": added}
 
@@ -105,7 +105,8 @@ def page(results: list[dict[str, Any]], rounds: int) -> str:
         "",
         f"Share that is added to a plain training step (forward, backward, SGD; {BATCH} images of "
         f"{SIDE}×{SIDE}, one thread), in CPU time: the median of {rounds} steps. What observes "
-        "gradients alone is timed by itself; what hooks add (fisher, kfac, variance) is the "
+        "gradients alone is timed by itself, at the second step of an interval (the first also "
+        "counts the channels that are left); what hooks add (fisher, kfac, variance) is the "
         "difference to plain steps before and after, and only as exact as these are alike.",
         "",
         f"Machine: {facts[0]}, load {os.getloadavg()[0]:.1f}. Versions: {facts[1]}.",

@@ -57,7 +57,8 @@ def _classes(groups: cpd.Groups) -> Iterator[tuple[str, Any]]:
 
 def _that_go(groups: cpd.Groups, names: tuple[str, ...]) -> Any:
     mask = np.zeros(groups.units.count, bool)
-    for family in (f for group in groups for f in group.families if f.kind in names):
+    free = (f for group in groups for f in group.families if f.kind in names)
+    for family in (f for f in free if f.width > 1):  # the last one stays
         mask[groups.units.closure(np.concatenate(family.clusters).tolist())] = True
     return mask
 

@@ -35,10 +35,10 @@ DIGEST = 5  # bytes
 HEAD = """# Random networks
 
 Written by `make fuzz`. Each network is combed with `exact=True` and without, cut by a random plan
-at a random target, and held to all laws: proof ≤ 1e-9 in float64, equal to the zeroed network
-at other batch sizes and in training mode, parameters as predicted (MACs too, of every fourth
-network: it takes one more trace), shapes as planned, the empty plan, copies, JSON, gradients, and
-nothing left behind on the model or the random state.
+at a random target, and held to all laws: proof ≤ 1e-9 in float64, with `exact=True` equal to the
+zeroed network at other batch sizes and, where nothing is random, in training mode, parameters as
+predicted (MACs too, of every fourth network: it takes one more trace), shapes as planned, the empty
+plan, copies, JSON, gradients, and nothing left behind on the model or the random state.
 """
 
 
@@ -179,7 +179,7 @@ def page(sums: Sums, failures: list[dict[str, Any]]) -> str:
         "| | |",
         "|---|---|",
         f"| networks | {sums.nets:,} ({sums.different:,} different) |",
-        f"| of them with the code as it is now | {sums.codes.get(fingerprint(), 0):,} "
+        f"| of them with the code of the last run, `{fingerprint()}` | {sums.codes.get(fingerprint(), 0):,} "
         f"({len(sums.specs.get(fingerprint(), ())):,} different) |",
         f"| plans | {2 * sums.nets:,} |",
         f"| units removed | {sums.units:,} of {sums.of:,} |",
