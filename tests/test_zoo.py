@@ -417,16 +417,19 @@ def test_names_may_be_patterns(tmp_path: Path) -> None:
 class Attends(nn.Module):
     """Two attentions: of the second the channels are sorted, so that nothing of it goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool = True) -> None:
         super().__init__()
-        self.heads = 4
+        self.heads, self.fused = 4, fused
         self.first, self.second = nn.Linear(8, 24), nn.Linear(8, 24)
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def one(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = x.chunk(3, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        if self.fused:
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (0.5 * q @ k.transpose(2, 3) + 1.0).softmax(-1) @ v
         return out.transpose(1, 2).flatten(2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -434,12 +437,26 @@ class Attends(nn.Module):
         return self.b(self.one(self.second(x).sort(-1).values))
 
 
-def test_what_attentions_may_lose_is_told() -> None:
-    found = attentions(cpd.comb(Attends(), torch.randn(2, 5, 8)))
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "products"])
+def test_what_attentions_may_lose_is_told(fused: bool) -> None:
+    found = attentions(cpd.comb(Attends(fused=fused), torch.randn(2, 5, 8)))
     assert (found["attentions"], found["heads"], found["head_dims"]) == (2, 1, 1)
     whole = {kind: reason for kind, _, reason, count in found["whole"] if count == 1}
     assert set(whole) == {"heads", "head dims"}
     assert all("sort" in reason and "test_zoo.py:" in reason for reason in whole.values()), whole
+
+
+def test_products_of_activations_alone_are_no_attention() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = (self.a(x) @ self.table).softmax(-1)  # a layer
+            return (y @ x.transpose(1, 2)) @ x  # no softmax
+
+    assert attentions(cpd.comb(Gated(), torch.randn(2, 5, 8)))["attentions"] == 0
 
 
 def test_a_row_has_the_limit_of_its_proof_and_the_operators() -> None:

@@ -1,16 +1,21 @@
-"""What combing found for every fused attention of a network: can heads go, can their dims?"""
+"""What combing found for every attention of a network, fused or written as products around a
+softmax: can heads go, can their dims?
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from torch import fx
 
 import cpd
 from cpd.labels import Labels
 from cpd.trace import location
 
+PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm", "aten.einsum")
+FAR = 24  # calls between a product and the softmax, at most
 KINDS = {"heads": ("heads", "head groups"), "head dims": ("head dims",)}
 
 
@@ -41,10 +46,10 @@ def _classes(groups: cpd.Groups) -> Iterator[tuple[str, Any]]:
 
     Where a call before it lets none through, they are those that this call reads.
     """
-    inside = set(groups.trace.graph.nodes)
+    inside = {node for node in groups.trace.graph.nodes if _attends(groups, node)}
     out = {step.node: step.out for step in groups.steps}
     for step in groups.steps:
-        if step.node not in inside or "scaled_dot_product" not in str(step.node.target):
+        if step.node not in inside:
             continue
         nodes, ids = list(step.node.all_input_nodes), [np.empty(0, np.int64)]
         for node in nodes:  # it grows
@@ -53,6 +58,41 @@ def _classes(groups: cpd.Groups) -> Iterator[tuple[str, Any]]:
             if not layers:
                 nodes += [n for n in node.all_input_nodes if n not in nodes]
         yield location(step.node)[0], groups.units.label[np.concatenate(ids)]
+
+
+def _attends(groups: cpd.Groups, node: fx.Node) -> bool:
+    """Whether a call is a fused attention, or multiplies two activations for a softmax."""
+    name = str(node.target)
+    if "scaled_dot_product" in name:
+        return True
+    if not any(product in name for product in PRODUCTS):
+        return False
+    weights = groups.trace.tensors
+    return all(_activation(x, weights) for x in node.all_input_nodes[:2]) and _softmaxed(node)
+
+
+def _activation(node: fx.Node, weights: Mapping[str, str]) -> bool:
+    """Whether a tensor depends on the network's inputs."""
+    seen, left = {node}, [node]
+    while left:
+        at = left.pop()
+        if at.op == "placeholder" and at.name not in weights:
+            return True
+        left += [x for x in at.all_input_nodes if x not in seen]
+        seen.update(at.all_input_nodes)
+    return False
+
+
+def _softmaxed(node: fx.Node) -> bool:
+    """Whether what a product puts out comes to a softmax, scaled, biased or masked at most."""
+    left = list(node.users)
+    for user in left:  # it grows
+        name = str(user.target)
+        if "softmax" in name:
+            return True
+        if len(left) < FAR and not any(product in name for product in PRODUCTS):
+            left += [x for x in user.users if x not in left]
+    return False
 
 
 def _that_go(groups: cpd.Groups, names: tuple[str, ...]) -> Any:

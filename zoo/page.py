@@ -237,7 +237,7 @@ def _other_types(found: list[tuple[Network, Row | None, Row | None]]) -> list[st
 
 
 def _attentions(found: list[tuple[Network, Row | None, Row | None]]) -> list[str]:
-    """Say how many fused attentions may lose heads and head dims, and why others may not."""
+    """Say how many attentions may lose heads and head dims, and why others may not."""
     lines, total, known = [], [0, 0, 0], 0
     for network, row, _ in found:
         mode = (row or {}).get("modes", {}).get("kept", {})
@@ -251,9 +251,9 @@ def _attentions(found: list[tuple[Network, Row | None, Row | None]]) -> list[str
             text = f"- **{network.name}**: no {kind} in {where}: {reason}"
             lines.append(text.replace("|", "/"))
     counted = (
-        f"Of {total[0]} calls of PyTorch's fused attention in {known} networks, {total[1]} may "
-        f"lose heads and {total[2]} head dims (of query and key, or of value) in the default mode. "
-        "Attentions written as products of matrices are not counted here."
+        f"Of {total[0]} attentions in {known} networks (PyTorch's fused ones, and products of two "
+        f"activations before a softmax), {total[1]} may lose heads and {total[2]} head dims (of "
+        "query and key, or of value) in the default mode."
     )
     return [counted, *([""] if lines else []), *lines]
 

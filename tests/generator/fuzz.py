@@ -174,13 +174,14 @@ class Sums:
 
 def page(sums: Sums, failures: list[dict[str, Any]]) -> str:
     """Return docs/fuzz.md."""
+    code = fingerprint()
+    now, distinct = sums.codes.get(code, 0), len(sums.specs.get(code, ()))
     lines = [
         HEAD,
         "| | |",
         "|---|---|",
         f"| networks | {sums.nets:,} ({sums.different:,} different) |",
-        f"| of them with the code of the last run, `{fingerprint()}` | {sums.codes.get(fingerprint(), 0):,} "
-        f"({len(sums.specs.get(fingerprint(), ())):,} different) |",
+        f"| of them with the code of the last run, `{code}` | {now:,} ({distinct:,} different) |",
         f"| plans | {2 * sums.nets:,} |",
         f"| units removed | {sums.units:,} of {sums.of:,} |",
         f"| parameters removed, on average | {sums.share / max(sums.nets, 1):.1%} |",
