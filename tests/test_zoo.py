@@ -505,7 +505,8 @@ def test_the_pages_say_what_the_rows_say(tmp_path: Path) -> None:
     assert "lacks: timm:beit_base_patch16_224 (limit 2e-04), monai:DynUNet (limit not kept)" in text
     assert "| 3e-06 (limit 2e-04) |" in text
     assert "2 tried, 0 equal with an open batch, 0 with a fixed batch only; 1 as before" in text
-    assert "Of 10 calls of PyTorch's fused attention in 2 networks, 4 may lose heads" in text
+    assert "Of 10 attentions in 2 networks (PyTorch's fused ones, and products" in text
+    assert "4 may lose heads" in text
     assert (
         "- **monai:DynUNet**: no heads in layers.0 and 2 more: sorted / along (sort in layers.0, a"
     ) in text
