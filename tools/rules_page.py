@@ -22,7 +22,8 @@ HEAD = """# Op rules
 
 How channels pass through each operator. `tools/rules_page.py` writes this page from the rules' own
 docstrings; `tests/rules` proves each of them by numbers, but for those that no trace shows or whose
-values are random, which it names with the reason. How to add one: [the playbook](playbook/op-rule.md).
+values are random, which it names with the reason. How to add one:
+[the playbook](playbook/op-rule.md).
 
 An operator that PyTorch tags as pointwise needs no rule of its own. One that is neither here nor
 tagged keeps every channel that it touches, and `comb(..., unknown="error")` refuses it. An in-place
