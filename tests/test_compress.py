@@ -461,7 +461,17 @@ def test_a_point_narrower_than_another_teacher_is_met_before_a_unit_goes(losses)
 
 
 def test_relations_inside_a_map_have_another_teacher_of_any_width():
-    compress(normed(), **keywords(teacher=normed(), losses={"skd": {"at": "stem"}}))
+    seen = []
+
+    class Watch:
+        def after_step(self, state):
+            seen.append((state.stage, state.losses["skd"] > 0))
+
+    teacher = normed()
+    given = keywords(teacher=teacher, losses={"skd": {"at": "stem"}})
+    result = compress(normed(), **given, callbacks=(Watch(),))
+    assert result.model.stem[0].weight.shape[0] < teacher.stem[0].weight.shape[0]
+    assert ("recover", True) in seen
 
 
 def test_networks_are_measured_with_the_workers_of_the_recovery(monkeypatch):

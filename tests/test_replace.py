@@ -399,3 +399,29 @@ def test_where_no_calls_are_seen_no_code_is_cleared(seen) -> None:
     uncut = cpd.opened.calls_of(groups.everything(), cpd.runs.Runs(groups))
     assert uncut
     assert cpd.opened.at_fault(groups, groups.everything(), ["1", "2"], uncut, uncut) == []
+
+
+def test_of_a_kind_only_what_passes_through_the_module_that_fails_stays() -> None:
+    """Two compute their head dims and follow by replaced forwards; the third has its own forward."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 4
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, length, width = x.shape
+            qkv = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-1, -2)).softmax(-1)
+            return self.out((scores @ v).transpose(1, 2).reshape(batch, length, width))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Attends(), nn.ReLU(), Attends(), nn.ReLU(), Attends()).double().eval()
+    model[4].forward = model[4].forward
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    groups = cpd.comb(model, x)
+    free = {g.name for g in groups if any("head" in f.kind for f in g.families)}
+    assert {"0.qkv", "2.qkv"} <= free, groups
+    assert "4.qkv" not in free, groups

@@ -75,17 +75,7 @@ class HandedOn:
     def unknown(self, holder: Holder) -> bool:
         """Whether code computes with the number, and no call is given it as it is."""
         holder = self._canonical(holder)
-        return holder in self._lost and not self._is_seen(holder)
-
-    def unseen(self, holder: Holder) -> bool:
-        """Whether no call is given the number as it is, and no code computes with it: what it is
-        for was not run.
-        """
-        holder = self._canonical(holder)
-        return holder not in self._lost and not self._is_seen(holder)
-
-    def _is_seen(self, holder: Holder) -> bool:
-        return any(held == holder for held, *_ in self._seen)
+        return holder in self._lost and all(held != holder for held, *_ in self._seen)
 
     def _name(self, path: str) -> str:
         return self._first[id(self._model.get_submodule(path))]

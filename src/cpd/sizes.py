@@ -84,8 +84,6 @@ class _Unsure:
     def unknown(self, _: Holder) -> bool:
         return False
 
-    unseen = unknown
-
 
 def _places(model: nn.Module, use: Use, reaches: HandedOn | _Unsure) -> list[Holder]:
     """Return the attributes that may hold a size: the module's own, of several those that reach
@@ -127,8 +125,7 @@ def _likely(places: list[Holder], use: Use, reaches: HandedOn | _Unsure) -> list
     if len(places) < 2:
         return places
     there = [place for place in places if reaches(place, use.path, use.op, use.size.index)]
-    # a number of other calls alone is less likely than one of a way that was not run
-    return there or [x for x in places if reaches.unseen(x)] or places
+    return there or places
 
 
 def _attributes(module: nn.Module, value: int) -> list[tuple[str, int | None]]:

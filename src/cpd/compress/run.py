@@ -213,7 +213,8 @@ class Run:
         kept = self._kept(plan)  # a point that a loss cannot look at is met here too
         if config.base is not None and not self.past("base"):
             self._attachable(self.model, kept)
-        if config.teacher != "self" and self.losses.points and self.journal.resumed is None:
+        apart = self.teacher is not None and config.teacher != "self"
+        if apart and self.losses.points and self.journal.resumed is None:
             self._attachable(cut(self.model, plan, verify=False), kept)  # as wide as it will be
         if self.journal.resumed is None:
             self.journal.log(event="comb", groups=len(groups), frozen=len(groups.frozen))
