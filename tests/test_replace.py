@@ -402,7 +402,7 @@ def test_where_no_calls_are_seen_no_code_is_cleared(seen) -> None:
 
 
 def test_of_a_kind_only_what_passes_through_the_module_that_fails_stays() -> None:
-    """Two compute their head dims and follow by replaced forwards; the third has its own forward."""
+    """Two compute head dims and follow by replaced forwards; the third has a forward of its own."""
 
     class Attends(nn.Module):
         def __init__(self) -> None:
