@@ -91,3 +91,30 @@ def test_values_that_differ_are_not_taken_for_one_another() -> None:
     with mode:
         kinds = [(x + value).dtype for value in (1, 1.0, True, 1)]
     assert kinds == [torch.int64, torch.float32, torch.int64, torch.int64]
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_what_is_sampled_has_the_form_of_a_real_run(memory: torch.memory_format) -> None:
+    """Not computed the way that PyTorch computes it on the meta device; wrong grids still raise."""
+    x = torch.randn(2, 3, 5, 6).to(memory_format=memory)
+    grid = torch.rand(2, 4, 7, 2)
+    real = nn.functional.grid_sample(x, grid, align_corners=False)
+    with OnMeta():
+        made = nn.functional.grid_sample(x.to("meta"), grid.to("meta"), align_corners=False)
+        assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
+        for wrong in (grid[:1], grid[..., :1]):
+            with pytest.raises((RuntimeError, AssertionError)):
+                nn.functional.grid_sample(x.to("meta"), wrong.to("meta"), align_corners=False)
+
+
+def test_products_have_the_form_of_a_real_run() -> None:
+    """A bias of one row or of all, and what does not fit."""
+    left, right = torch.randn(4, 3), torch.randn(5, 3).t()
+    for bias in (torch.randn(5), torch.randn(4, 5), torch.randn(1)):
+        real = torch.addmm(bias, left, right)
+        with OnMeta():
+            made = torch.addmm(bias.to("meta"), left.to("meta"), right.to("meta"))
+        assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
+    for width, other in ((5, right[:2]), (4, right)):
+        with OnMeta(), pytest.raises(RuntimeError):
+            torch.addmm(torch.zeros(width, device="meta"), left.to("meta"), other.to("meta"))

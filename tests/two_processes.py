@@ -166,6 +166,7 @@ def main(mode: str, out: Path) -> None:
     from safetensors.torch import save_file
 
     from cpd import _torchvision
+    from cpd.distill.spread import leave
 
     _torchvision.ensure()
     torch.set_num_threads(1)
@@ -181,8 +182,11 @@ def main(mode: str, out: Path) -> None:
     parallel = torch.distributed.is_initialized()
     if not parallel or torch.distributed.get_rank() == 0:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights")
-    if parallel:
-        torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
+    leave()
+    if mode != "fsdp":  # PyTorch's caches of shards keep the group
+        threads = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
+        left = [name for name in threads if "gloo" in name]
+        assert not left, f"{left}: threads that may outlive the interpreter, and abort it"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _META = torch.device("meta")
-_PLAIN = (
+_PLAIN = frozenset({
     int, float, bool, complex, str, type(None),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
+})  # fmt: skip
 
 
 class OnMeta(TorchDispatchMode):
@@ -26,6 +26,9 @@ class OnMeta(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[Any, Any] = {}
+        self._aliasing: dict[
+            Any, bool
+        ] = {}  # operators -> whether they put out what they were given
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -40,15 +43,22 @@ class OnMeta(TorchDispatchMode):
             form = _form((args, kwargs))
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _META}
-        if form is None or any(x.alias_info is not None for x in func._schema.returns):
+        if form is None or self._aliases(func):
             return func(*args, **kwargs)  # views, and what is written into
         key = (func, form)
         known = self._known.get(key)
         if known is None:
-            out = func(*args, **kwargs)
+            out = _RULES.get(func, func)(*args, **kwargs)
             self._known[key] = _remembered(out)
             return out
         return _made(known)
+
+    def _aliases(self, func: Any) -> bool:
+        found = self._aliasing.get(func)
+        if found is None:
+            found = any(x.alias_info is not None for x in func._schema.returns)
+            self._aliasing[func] = found
+        return found
 
 
 class _Elsewhere(Exception):
@@ -93,3 +103,28 @@ def _made(known: Any) -> Any:
         return known[0](_made(part) for part in known[1])
     shape, stride, dtype = known
     return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+
+
+def _sampled(tensor: torch.Tensor, grid: torch.Tensor, *options: Any) -> torch.Tensor:
+    """Return what `grid_sampler_2d` puts out: (N, C, H, W) and (N, K, L, 2) -> (N, C, K, L)."""
+    if (grid.shape[0], grid.shape[-1], grid.dtype) != (tensor.shape[0], 2, tensor.dtype):
+        return torch.ops.aten.grid_sampler_2d.default(tensor, grid, *options)  # raises, says why
+    return tensor.new_empty((*tensor.shape[:2], *grid.shape[1:-1]))
+
+
+def _product(
+    bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **scales: Any
+) -> torch.Tensor:
+    """Return what `addmm` puts out: (M,), (N, K), (K, M) -> (N, M)."""
+    kinds = {bias.dtype, left.dtype, right.dtype}
+    fits = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+    if not fits or bias.shape != right.shape[1:] or len(kinds) > 1:
+        return torch.ops.aten.addmm.default(bias, left, right, **scales)
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+# PyTorch finds these shapes in milliseconds, by computing corners of points and sums in Python.
+_RULES = {
+    torch.ops.aten.grid_sampler_2d.default: _sampled,
+    torch.ops.aten.addmm.default: _product,
+}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -163,6 +164,7 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_MOST = frozenset(_PLAIN)  # a look at the type itself is quicker than one at what it is kind of
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
@@ -170,11 +172,11 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
 
     What copies itself in a way of its own is left to `deepcopy`. `memo` is written to.
     """
-    if isinstance(value, _PLAIN):
+    kind: Any = type(value)
+    if kind in _MOST or isinstance(value, _PLAIN):
         return value
     if id(value) in memo:
         return memo[id(value)]
-    kind = type(value)
     if isinstance(value, torch.Tensor) and not value.is_leaf:
         value = value.detach()  # computed from parameters, and again in every forward
     if kind is dict or kind is OrderedDict:
@@ -188,6 +190,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     return result
 
 
+@lru_cache(maxsize=1024)
 def _copies_itself(kind: type) -> bool:
     """Say whether a class has a protocol of its own for copies."""
     names = {"__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__", "__copy__", "__slots__"}

@@ -55,6 +55,7 @@ def main(out: Path) -> None:
     from safetensors.torch import save_file
 
     from cpd import _torchvision
+    from cpd.distill.spread import leave
 
     _torchvision.ensure()
     torch.set_num_threads(1)
@@ -64,8 +65,7 @@ def main(out: Path) -> None:
     rank = torch.distributed.get_rank() if parallel else 0
     for name, tensors in (("mgd", learnt), ("cirkd", remembered)):
         save_file({k: t.contiguous() for k, t in tensors.items()}, out / f"{name}-{rank}")
-    if parallel:
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

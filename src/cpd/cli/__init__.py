@@ -43,7 +43,7 @@ def main(words: list[str] | None = None) -> int:
     ``--debug`` anywhere shows the traceback of an error.
     """
     words = list(sys.argv[1:] if words is None else words)
-    debug = "--debug" in words
+    debug, grouped = "--debug" in words, _grouped()
     words = [word for word in words if word != "--debug"]
     try:
         from rich.console import Console
@@ -66,7 +66,18 @@ def main(words: list[str] | None = None) -> int:
         said = str(error) or f"interrupted; {again} goes on from the last checkpoint"
         sys.stderr.write(f"{said}\n")
         return 130
+    finally:
+        if _grouped() and not grouped:
+            from cpd.distill.spread import leave
+
+            leave()
     return 0
+
+
+def _grouped() -> bool:
+    """Whether this process belongs to a group; PyTorch is not loaded for the answer."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _run(words: list[str], console: Any) -> None:

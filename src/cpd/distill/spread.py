@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from cpd.errors import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Sharded", "Spread", "not_finite", "snapshot", "spread"]
+__all__ = ["Sharded", "Spread", "leave", "not_finite", "snapshot", "spread"]
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -158,3 +160,15 @@ def spread(accelerator: Accelerator, student: nn.Module, kind: str) -> Spread:
     """A network on the processes there are; ``kind``: "ddp" or "fsdp"."""
     alone = accelerator.num_processes == 1
     return Spread(accelerator, student) if alone or kind == "ddp" else Sharded(accelerator, student)
+
+
+def leave() -> None:
+    """End the group of processes, and the threads that it has in this one: before a program ends.
+
+    A network that was wrapped lies in a cycle of references and holds the group. Its threads then
+    outlive the interpreter, and one that lets go of a gradient late aborts the process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+        time.sleep(0.05)  # where PyTorch's caches of shards hold it still: time to let go
