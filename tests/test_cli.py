@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cpd.cli.flags import parser, settings
 from cpd.cli.models import Source, named
 from cpd.compress import CompressConfig
 from cpd.plan import Plan
+from two_processes import of_gloo
 
 RECIPES = sorted((house.ROOT / "recipes").glob("*.yaml"))
 
@@ -395,6 +397,26 @@ def test_interrupting_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr("cpd.cli._run", stopped)
     assert run("comb", "x:y") == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_group_of_processes_ends_with_the_command_that_began_it(monkeypatch, tmp_path):
+    def grouped(*args):
+        if not torch.distributed.is_initialized():
+            file = f"file://{tmp_path / 'store'}"
+            torch.distributed.init_process_group("gloo", init_method=file, rank=0, world_size=1)
+        wrapped = nn.parallel.DistributedDataParallel(small())
+        wrapped(torch.zeros(1, 3, 8, 8)).sum().backward()
+        raise errors.InputError("after it began")
+
+    monkeypatch.setattr("cpd.cli._run", grouped)
+    assert run("compress") == 2
+    assert not torch.distributed.is_initialized()
+    assert not of_gloo()
+    with contextlib.suppress(errors.InputError):
+        grouped()
+    assert run("compress") == 2
+    assert torch.distributed.is_initialized()  # somebody else's
+    torch.distributed.destroy_process_group()
 
 
 def test_running_as_a_module():

@@ -161,6 +161,12 @@ def pruned(folder: Path) -> dict[str, torch.Tensor]:
     return pruner.finish().state_dict()
 
 
+def of_gloo() -> list[str]:
+    """Name the threads of gloo in this process; where the system does not tell, none."""
+    names = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def main(mode: str, out: Path) -> None:
     """Run, and let the main process write what came out."""
     from safetensors.torch import save_file
@@ -184,9 +190,7 @@ def main(mode: str, out: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "weights")
     leave()
     if mode != "fsdp":  # PyTorch's caches of shards keep the group
-        threads = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
-        left = [name for name in threads if "gloo" in name]
-        assert not left, f"{left}: threads that may outlive the interpreter, and abort it"
+        assert not of_gloo(), f"{of_gloo()}: may outlive the interpreter, and abort it"
 
 
 if __name__ == "__main__":
