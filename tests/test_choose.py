@@ -220,6 +220,12 @@ def test_limits_are_patterns() -> None:
     [
         ({"min_keep": 1.5}, InputError, "min_keep is 1.5; give a share between 0 and 1"),
         ({"multiple_of": 0}, InputError, "multiple_of is 0; give a whole number"),
+        ({"min_keep": "a"}, InputError, "min_keep is 'a'; give a share between 0 and 1"),
+        ({"seed": -1}, InputError, "seed must be a whole number of at least 0, got -1"),
+        ({"limits": ["0"]}, InputError, "limits are a mapping of names to shares or a function"),
+        ({"limits": {"0": "half"}}, InputError, "limit 0='half'; give the largest share"),
+        ({"keep": ["0"]}, InputError, "keep is a mapping of modules to numbers of channels"),
+        ({"keep": {"0": 3}}, InputError, "keep 0=3: give a list of channels"),
         ({"ranking": "best"}, UnknownName, "unknown ranking 'best'.*global, isomorphic, uniform"),
         (
             {"strategy": "best"},
@@ -239,6 +245,12 @@ def test_options_that_make_no_sense(options: Any, error: type[Exception], text: 
     groups = chain(8)
     with pytest.raises(error, match=text):
         cpd.choose(groups, random_scores(groups, 0), "macs=0.5", **options)
+
+
+def test_a_cost_that_a_network_has_not() -> None:
+    groups = cpd.comb(nn.Sequential(nn.Embedding(9, 8), nn.ReLU()), torch.tensor([[1, 2]]))
+    with pytest.raises(InputError, match="the network has no macs to take a share of"):
+        cpd.choose(groups, random_scores(groups, 0), "macs=0.5,params=0.5")
 
 
 @pytest.mark.parametrize(

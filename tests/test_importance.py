@@ -257,7 +257,14 @@ def test_ones_own() -> None:
             "unknown importance 'best'.*fisher, fpgm, hessian, .*, wanda",
         ),
         ({"magnitude": {"q": 1}}, UnknownName, "option of importance 'magnitude' 'q'.*p"),
-        ({"magnitude": {"p": 0}}, InputError, "magnitude needs p > 0, got 0"),
+        ({"magnitude": {"p": 0}}, InputError, "p must be a finite number > 0, got 0"),
+        (
+            {"hutchinson": {"probes": 1.5}},
+            InputError,
+            "probes must be a whole number of at least 1",
+        ),
+        ({"activation": {"statistic": [1]}}, UnknownName, "unknown statistic of activation"),
+        ({"magnitude": {"aggregate": ["x"]}}, UnknownName, "unknown aggregate"),
         (3, InputError, "a importance is given by a name|an importance is given by a name"),
     ],
 )

@@ -141,11 +141,56 @@ def test_layers_that_are_alike_keep_the_same_number(strategy: str) -> None:
     assert cpd.verify(model, cpd.cut(model, plan), plan)
 
 
+class Blocks(nn.Module):
+    """Six residual blocks that are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 32), nn.Linear(32, 2)
+        self.up = nn.ModuleList(nn.Linear(32, 128) for _ in range(6))
+        self.down = nn.ModuleList(nn.Linear(128, 32) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(up(x).relu())
+        out: torch.Tensor = self.last(x)
+        return out
+
+
+@pytest.mark.parametrize("ranking", ["isomorphic", "global", "uniform"])
+def test_in_step_each_kind_loses_what_it_loses_otherwise(ranking: str) -> None:
+    """Six that go at once are neither six times as important as one, nor as few as one."""
+    groups = cpd.comb(Blocks(), torch.randn(2, 4))
+    scores = random_scores(groups, 0)
+
+    def widths(uniform: bool) -> tuple[float, float]:
+        plan = cpd.choose(groups, scores, "macs=0.5", ranking=ranking, uniform=uniform)
+        left = {group.name: group.size for group in groups}
+        left |= {w.group: w.after for w in plan.widths}
+        hidden = [n for name, n in left.items() if name.startswith("up")]
+        assert len(hidden) == 6
+        return left["first"] / 32, sum(hidden) / 6 / 128
+
+    assert widths(uniform=True) == pytest.approx(widths(uniform=False), abs=0.06)
+
+
 def test_the_uniform_strategy_takes_the_same_share_everywhere() -> None:
     groups = chain(40, 20, 80)
     plan = cpd.choose(groups, random_scores(groups, 0), "params=0.4", strategy="uniform")
     shares = [w.after / w.before for w in plan.widths]
     assert max(shares) - min(shares) < 0.06
+
+
+def test_the_uniform_strategy_takes_the_same_share_of_branches() -> None:
+    """And not all branches at once, as soon as half of the rest is gone."""
+    groups = cpd.comb(Blocks(), torch.randn(2, 4), depth=True)
+    scores = random_scores(groups, 0)
+    for target in ("macs=0.5", "macs=0.1"):
+        plan = cpd.choose(groups, scores, target, strategy="uniform")
+        gone = sum(w.after == 0 for w in plan.widths if w.family == "branches")
+        (first,) = (w for w in plan.widths if w.group == "first")
+        assert abs(gone / 6 - (1 - first.after / first.before)) <= 1 / 6
 
 
 def test_a_limit_on_one_holds_all_that_are_alike() -> None:

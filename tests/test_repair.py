@@ -348,6 +348,13 @@ def test_few_rows_are_drawn_where_there_are_many() -> None:
     assert (small(x) - model(x)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_batches_from_which_no_row_is_drawn_change_nothing(rows: int) -> None:
+    model, plan = network("residual"), chosen(combed("residual"))
+    made = cpd.repair(model, plan, [images(4, seed=seed) for seed in range(4)], rows=rows)
+    assert all(bool(tensor.isfinite().all()) for tensor in made.state_dict().values())
+
+
 def test_a_plan_from_json_and_batches_of_another_size() -> None:
     model, plan = network("residual"), chosen(combed("residual"))
     again = cpd.Plan.from_json(plan.to_json())
@@ -376,8 +383,10 @@ def test_bad_input() -> None:
         cpd.repair(model, plan, [])
     with pytest.raises(InputError, match="must have one shape"):
         cpd.repair(model, plan, [images(4), images(3)])
-    with pytest.raises(InputError, match="damping must be over 0, got 0"):
+    with pytest.raises(InputError, match="damping must be a finite number > 0, got 0"):
         cpd.repair(model, plan, [images(4)], damping=0)
+    with pytest.raises(InputError, match="rows must be a whole number of at least 1, got 0"):
+        cpd.repair(model, plan, [images(4)], rows=0)
     with pytest.raises(UnknownName, match="unknown step of repair 'shifts'; did you mean 'shift'"):
         cpd.repair(model, plan, [images(4)], steps=["shifts"])
     with pytest.raises(PlanMismatch):

@@ -167,6 +167,29 @@ def test_a_target_out_of_reach_and_one_that_asks_nothing() -> None:
     assert not plan.masks()
 
 
+@pytest.mark.parametrize("share", [0.6, 0.1])
+def test_what_counts_is_the_network_not_the_table(share: float) -> None:
+    """Calls by themselves cost 10 ms more each: by the table hardly any of the time can go."""
+    plain = stairs(1)
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        return float(plain(module, inputs)) + (10.0 if isinstance(module, OneCall) else 0.0)
+
+    model = net()
+    groups = cpd.comb(model, X)
+    scores, whole = random_scores(groups, 0), clock(model, X)
+    least = cpd.choose(groups, scores, "params=0.001", unreachable="closest")
+    table = Table(groups, measurer(clock))
+    assert table.count(alive_of(groups, least)[groups.units.label]) > 0.8 * table.whole
+    plan = cpd.choose(groups, scores, f"latency={share}", measure=clock)
+    # one unit of so small a network is some per cent
+    assert 0.94 * share * whole <= clock(cpd.cut(model, plan), X) <= 1.03 * share * whole
+    with pytest.raises(cpd.UnreachableTarget) as caught:  # what cannot be met is the other one
+        cpd.choose(groups, scores, f"latency={share},params=0.001", measure=clock)
+    real = clock(cpd.cut(model, least), X)
+    assert caught.value.closest["latency"] == pytest.approx(real / whole)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -175,6 +198,21 @@ def test_a_target_out_of_reach_and_one_that_asks_nothing() -> None:
         ({"target": "latency=0.5", "measure": "clock"}, UnknownName, "unknown measurer 'clock'"),
         ({"target": "latency=0.5", "measure": {"eager": {"x": 1}}}, UnknownName, "option of meas"),
         ({"target": "latency=0.5", "measure": lambda *_: -1.0}, InputError, "gave -1.0; millise"),
+        (
+            {"target": "latency=0.5", "measure": {"onnx": {"runs": 0}}},
+            InputError,
+            "runs must be a w",
+        ),
+        (
+            {"target": "latency=0.5", "measure": {"onnx": {"device": "cuda"}}},
+            InputError,
+            "onnx is measured on the CPU, not on 'cuda'",
+        ),
+        (
+            {"target": "latency=0.5", "measure": {"eager": {"device": "abacus"}}},
+            InputError,
+            "cannot measure on the device 'abacus'",
+        ),
         ({"target": "macs=0.5", "multiple_of": "most"}, InputError, "multiple_of is 'most'"),
     ],
 )

@@ -86,7 +86,10 @@ def _share_left(name: str, value: Any) -> float:
 def budgets(
     groups: Groups, shares: Mapping[str, float], table: Table | None = None
 ) -> tuple[Budget, ...]:
-    """Return the budgets of a target; those of time need a table."""
+    """Return the budgets of a target; those of time need a table.
+
+    Raises `InputError` for a cost that the network does not have at all.
+    """
     everything = groups.everything()
     found = []
     for name, share in shares.items():
@@ -95,6 +98,8 @@ def budgets(
             found.append(Budget(name, table, limit, table.whole))
             continue
         whole = groups.cost(name, everything)
+        if not whole:
+            raise InputError(f"the network has no {name} to take a share of; name another cost")
         found.append(Budget(name, groups.counted(name), share * whole, whole))
     return tuple(found)
 

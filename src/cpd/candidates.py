@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, lcm
 
 import numpy as np
@@ -47,8 +47,9 @@ class Candidates:
     go.
 
     `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what
-    `ranking` compares, `units[i]` how many units go at once. `classes`: (candidate, class) pairs,
-    blocks with all that is in them. `before`: the classes that are alive before anything goes;
+    `ranking` compares, `units[i]` how many units of a family go at once, `families[i]` of how many
+    families, which go in step. `classes`: (candidate, class) pairs, blocks with all that is in
+    them. `before`: the classes that are alive before anything goes;
     `values`: the importance of each class; `allowed`: the budgets, which all must hold.
     """
 
@@ -58,6 +59,7 @@ class Candidates:
     score: Floats
     key: Floats
     units: Ids
+    families: Ids
     classes: tuple[Ids, Ids]
     limited: int
     before: Mask
@@ -91,7 +93,7 @@ class Candidates:
 
     def ranked(self) -> Floats:
         """Return what candidates weigh by their keys: what `ranking` compares, for each unit."""
-        return self.key * self.units
+        return self.key * self.units * self.families
 
     def kind(self, number: int) -> str:
         """Return the kind of a candidate's family."""
@@ -143,7 +145,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
         sources.append(Source(branch, branch.family, 1))
     found = _gathered(groups, sources, parts, limited, (alive, values))
     if rules.uniform:
-        found = _in_step(found)
+        found, means = _in_step(found, means)
     _rank(found, pools, rules.ranking, means)
     return _protected(found, alive)
 
@@ -260,7 +262,8 @@ def _gathered(
     counts = np.concatenate(units or empty)
     numbers = np.concatenate(family or empty)
     key = total / np.maximum(counts, 1) / _channels(sources)[numbers]
-    return Candidates(groups, sources, numbers, total, key, counts, pairs, limited, *held)
+    one = np.ones(len(counts), np.int64)
+    return Candidates(groups, sources, numbers, total, key, counts, one, pairs, limited, *held)
 
 
 def _channels(sources: list[Source]) -> Floats:
@@ -282,10 +285,11 @@ def _with_blocks(groups: Groups, rows: Ids, classes: Ids) -> tuple[Ids, Ids]:
     return np.concatenate(all_rows), np.concatenate(all_classes)
 
 
-def _in_step(found: Candidates) -> Candidates:
+def _in_step(found: Candidates, means: list[float]) -> tuple[Candidates, list[float]]:
     """Let families of one width in isomorphic groups go step by step, all at once.
 
-    Step k of all of them becomes one candidate, under the first of them.
+    Step k of all of them becomes one candidate, under the first of them. Its score is their sum,
+    its key their mean, as is what the first one counts over in `means`.
     """
     ties: dict[object, list[int]] = {}
     for number, source in enumerate(found.sources):
@@ -297,22 +301,25 @@ def _in_step(found: Candidates) -> Candidates:
         ties.setdefault(alike, []).append(number)
     new = np.full(len(found), -1, np.int64)
     first: list[int] = []
+    count: list[int] = []
+    means = list(means)
     for families in ties.values():
+        means[families[0]] = sum(means[number] for number in families) / len(families)
         steps = [np.flatnonzero(found.family == number) for number in families]
         same = np.stack([found.units[mine[: min(map(len, steps))]] for mine in steps])
         for k in range(int(np.minimum.accumulate((same == same[0]).all(0)).sum())):
             new[[mine[k] for mine in steps]] = len(first)
             first.append(int(steps[0][k]))
+            count.append(len(families))
     candidate, classes = found.classes
     pairs = new[candidate] >= 0
-    score = np.zeros(len(first))
+    score, key, times = np.zeros(len(first)), np.zeros(len(first)), np.array(count, np.int64)
     np.add.at(score, new[new >= 0], found.score[new >= 0])
-    units = found.units[first]
+    np.add.at(key, new[new >= 0], found.key[new >= 0])
     tied = (new[candidate[pairs]], classes[pairs])
-    family = found.family[first]
-    held = (found.limited, found.before, found.values)
-    key = score / np.maximum(units, 1)
-    return Candidates(found.groups, found.sources, family, score, key, units, tied, *held)
+    family, units = found.family[first], found.units[first]
+    found = replace(found, family=family, units=units, families=times, classes=tied)
+    return replace(found, score=score, key=key / times), means
 
 
 def _rank(found: Candidates, pools: list[object], ranking: str, means: list[float]) -> None:
@@ -340,8 +347,8 @@ def _rank(found: Candidates, pools: list[object], ranking: str, means: list[floa
     for pool, number in names.items():
         mine = np.flatnonzero(pool_of == number)
         order = mine[np.argsort(found.key[mine], kind="stable")]
-        done = np.cumsum(found.units[order])
-        found.key[order] = (gone[pool] + done - found.units[order] / 2) / total[pool]
+        units = found.units[order] * found.families[order]
+        found.key[order] = (gone[pool] + np.cumsum(units) - units / 2) / total[pool]
 
 
 def _protected(found: Candidates, alive: Mask) -> Candidates:
@@ -370,7 +377,12 @@ def _only(found: Candidates, stays: Mask) -> Candidates:
     index = np.cumsum(stays) - 1
     candidate, classes = found.classes
     pairs = stays[candidate]
-    left = (found.family[stays], found.score[stays], found.key[stays], found.units[stays])
-    pairs_left = (index[candidate[pairs]], classes[pairs])
-    held = (found.limited, found.before, found.values)
-    return Candidates(found.groups, found.sources, *left, pairs_left, *held)
+    return replace(
+        found,
+        family=found.family[stays],
+        score=found.score[stays],
+        key=found.key[stays],
+        units=found.units[stays],
+        families=found.families[stays],
+        classes=(index[candidate[pairs]], classes[pairs]),
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ._numbers import is_number, whole
 from ._shelf import check_options, keywords, one
 from .budgets import COSTS, TIMES, budgets, notes, parse_target, shortest
 from .candidates import Candidates, Rules, candidates
@@ -88,7 +89,7 @@ def choose(
         raise UnknownName("handling of unreachable targets", unreachable, ("error", "closest"))
     if ranking not in RANKINGS:
         raise UnknownName("ranking", ranking, RANKINGS)
-    _check_options(multiple_of, min_keep)
+    _check_options(multiple_of, min_keep, seed)
     clock = measurer(measure) if multiple_of == "auto" or set(shares) & set(TIMES) else None
     if clock is not None and multiple_of == "auto":
         multiple_of = alignment(groups, clock)
@@ -105,7 +106,7 @@ def choose(
     gone, met, taken = _chosen(found, ordered, table)
     alive = found.without(gone)
     if not met and unreachable == "error":
-        raise _unreachable(groups, found, alive, shares)
+        raise _unreachable(groups, found, alive, shares, taken)
     options = {
         "target": shares, "strategy": name, "ranking": ranking, "multiple_of": multiple_of,
         "min_keep": min_keep, "limits": bounds if callable(limits) else dict(limits or {}),
@@ -133,13 +134,14 @@ def _plain(numbers: Any) -> Any:
     return numbers if isinstance(numbers, str) else [int(number) for number in numbers]
 
 
-def _check_options(multiple_of: int | str, min_keep: float) -> None:
+def _check_options(multiple_of: int | str, min_keep: float, seed: int) -> None:
+    whole("seed", seed, 0)
     if isinstance(multiple_of, str):
         if multiple_of != "auto":
             raise InputError(f'multiple_of is {multiple_of!r}; give a whole number, or "auto"')
     elif int(multiple_of) != multiple_of or multiple_of < 1:
         raise InputError(f"multiple_of is {multiple_of!r}; give a whole number of at least 1")
-    if not 0 <= min_keep <= 1:
+    if not (is_number(min_keep) and 0 <= min_keep <= 1):
         raise InputError(f"min_keep is {min_keep!r}; give a share between 0 and 1")
 
 
@@ -156,13 +158,17 @@ def _strategy(strategy: str | Mapping[str, Any] | Strategy) -> tuple[Any, Strate
 
 
 def _unreachable(
-    groups: Groups, found: Candidates, alive: Mask, shares: Mapping[str, float]
+    groups: Groups,
+    found: Candidates,
+    alive: Mask,
+    shares: Mapping[str, float],
+    taken: Timed | None,
 ) -> UnreachableTarget:
     of_ids = alive[groups.units.label]
-    closest = {
-        x.name: x.cost.count(of_ids) / (1 if x.name == "latency_ms" else max(x.whole, 1e-12))
-        for x in found.allowed
-    }
+    closest = {}
+    for x in found.allowed:
+        left = taken.real if taken and x.name in TIMES else x.cost.count(of_ids)
+        closest[x.name] = left / (1 if x.name == "latency_ms" else max(x.whole, 1e-12))
     blockers = []
     if found.limited:
         blockers.append(

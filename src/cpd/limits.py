@@ -6,13 +6,14 @@ that stay, by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._numbers import is_number
 from .errors import InputError, UnknownName
 from .groups import CouplingGroup, Groups
 
@@ -32,10 +33,12 @@ def limits_of(groups: Groups, limits: Limits | None) -> dict[str, float]:
     if callable(limits):
         given = [(group.name, limits(group), [group.name]) for group in groups]
         pairs = [(name, share, names) for name, share, names in given if share is not None]
+    elif not isinstance(limits or {}, Mapping):
+        raise InputError(f"limits are a mapping of names to shares or a function, got {limits!r}")
     else:
         pairs = [(x, share, _matching(groups, x)) for x, share in (limits or {}).items()]
     for what, share, names in pairs:
-        if not 0 <= share <= 1:
+        if not (is_number(share) and 0 <= share <= 1):
             raise InputError(f"limit {what}={share!r}; give the largest share that may go, 0 to 1")
         found.update({name: min(float(share), found.get(name, 1.0)) for name in names})
     return found
@@ -71,6 +74,8 @@ def kept_classes(groups: Groups, keep: Keep | None) -> NDArray[np.bool_]:
     Raises `UnknownName` for names, `InputError` for numbers that do not exist.
     """
     held = np.zeros(groups.units.count, bool)
+    if not isinstance(keep or {}, Mapping):
+        raise InputError(f"keep is a mapping of modules to numbers of channels, got {keep!r}")
     for name, numbers in (keep or {}).items():
         group = next((group for group in groups if group.name == name), None)
         branch = next((branch for branch in groups.branches if branch.name == name), None)
@@ -104,6 +109,8 @@ def _numbers(name: str, numbers: Any, size: int) -> Any:
         if numbers != "all":
             raise InputError(f'keep {name}={numbers!r}: give numbers of channels, or "all"')
         return slice(None)
+    if not isinstance(numbers, Iterable):
+        raise InputError(f'keep {name}={numbers!r}: give a list of channels, or "all"')
     found = np.asarray(list(numbers))
     whole = found.size == 0 or (found.ndim == 1 and found.dtype.kind in "iu")
     if not whole or (found.size and (found.min() < 0 or found.max() >= size)):

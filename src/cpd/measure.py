@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._numbers import whole
 from ._shelf import check_options, one
 from .costs import latency
 from .errors import InputError, UnknownName
@@ -140,8 +141,12 @@ def measurer(spec: Any) -> Measurer:
         raise UnknownName("measurer", name, NAMES)
     check_options("measurer", name, options, OPTIONS)
     cache = options.pop("cache", _default())
-    runs, warmup = int(options.get("runs", 30)), int(options.get("warmup", 5))
+    runs, warmup = options.get("runs", 30), options.get("warmup", 5)
     threads, device = options.get("threads"), str(options.get("device", "cpu"))
+    whole("runs", runs, 1)
+    whole("warmup", warmup, 0)
+    whole("threads", 1 if threads is None else threads, 1)
+    _check_device(name, device)
     prepare, mark = (
         (_eager(threads, device), _torch_mark(device))
         if name == "eager"
@@ -152,6 +157,17 @@ def measurer(spec: Any) -> Measurer:
     found = Measurer(_median(prepare, runs, warmup), mark, cache=kept, fused=name == "onnx")
     found.clock = Clock(prepare, runs, warmup)
     return found
+
+
+def _check_device(name: str, device: str) -> None:
+    """Raise `InputError` for a device that cannot be measured on."""
+    if name == "onnx" and device != "cpu":
+        raise InputError(f"onnx is measured on the CPU, not on {device!r}; measure eager there")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot measure on the device {device!r}: {text}") from error
 
 
 def _default() -> Path:

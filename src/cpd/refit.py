@@ -51,6 +51,8 @@ class Fit:
         if share < 1:
             drawn = torch.rand(len(read), generator=self.generator) < share
             drawn = drawn.to(read.device)
+            if not bool(drawn.any()):
+                return
             read, missing = read[drawn], missing[drawn]
         self._multiply(read, missing)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from ._numbers import positive, whole
 from .comb import comb
 from .errors import InputError, UnknownName
 from .groups import Groups
@@ -87,7 +88,8 @@ def repair(
     Raises:
         PlanMismatch: the plan was made for another model.
         UnknownName: a step that there is not.
-        InputError: no batches, batches of different shapes, or a damping that is not over 0.
+        InputError: no batches, batches of different shapes, a damping that is not over 0, or rows
+            that are not a whole number of at least 1.
     """
     tensors = mended(model, plan, batches, steps=steps, damping=damping, rows=rows)
     copy = rebuild(model, tensors, {})
@@ -109,8 +111,8 @@ def mended(
     for step in steps:
         if step not in STEPS:
             raise UnknownName("step of repair", step, STEPS)
-    if not damping > 0:
-        raise InputError(f"damping must be over 0, got {damping!r}")
+    positive("damping", damping)
+    whole("rows", rows, 1)
     plan.check(model)
     given = [split_inputs(batch) for batch in batches]
     if not given:

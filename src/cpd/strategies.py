@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .branches import Branch
 from .candidates import Candidates
 from .knapsack import knapsack
 
@@ -54,13 +55,24 @@ def greedy(found: Candidates, *, ranked: bool = False) -> Sequence[int]:
 
 
 def uniform(found: Candidates) -> Sequence[int]:
-    """The same share of every family, whatever the scores: they only say which units of it."""
+    """The same share of every family, whatever the scores: they only say which units of it.
+
+    Branches that are alike are one family here.
+    """
     share = np.empty(len(found))
+    alike: dict[object, list[int]] = {}
     for family in np.unique(found.family).tolist():
         mine = np.flatnonzero(found.family == family)
         source = found.sources[family]
+        if isinstance(source.group, Branch):
+            alike.setdefault(source.group.kind, []).extend(mine.tolist())
+            continue
         gone = source.family.width - source.kept + np.cumsum(found.units[mine])
         share[mine] = (gone - found.units[mine] / 2) / source.family.width
+    for kind, numbers in alike.items():
+        left = [found.before[x.number] for x in found.groups.branches if x.kind == kind]
+        numbers.sort(key=lambda number: float(found.score[number]))
+        share[numbers] = (left.count(False) + np.arange(len(numbers)) + 0.5) / len(left)
     order: list[int] = np.argsort(share, kind="stable").tolist()
     return order
 

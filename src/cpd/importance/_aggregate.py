@@ -45,7 +45,7 @@ AGGREGATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 def check_aggregate(how: str) -> str:
     """Return the name of an aggregation. Raises `UnknownName` where there is none of that name."""
-    if how not in AGGREGATES:
+    if how not in tuple(AGGREGATES):
         raise UnknownName("aggregate", how, AGGREGATES)
     return how
 

@@ -2,7 +2,7 @@
 
 Second-order and first-order scores are in units of the loss already and need none; magnitudes of
 layers of different sizes do. Each takes the scores of one group, shape (size,), and returns as
-many. Zero stays zero.
+many. Zero stays zero, but where scores are moved into [0, 1] (`minmax`).
 """
 
 from __future__ import annotations

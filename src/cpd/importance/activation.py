@@ -21,7 +21,7 @@ def activation(*, statistic: str = "mean", aggregate: str = "mean") -> Importanc
 
     Needs forward passes, no gradients.
     """
-    if statistic not in _STATISTICS:
+    if statistic not in tuple(_STATISTICS):
         raise UnknownName("statistic of activation", statistic, _STATISTICS)
     return Activation(_STATISTICS[statistic], aggregate)
 

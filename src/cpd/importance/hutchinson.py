@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InputError, MissingGradient, UnknownName
+from .._numbers import whole
+from ..errors import MissingGradient, UnknownName
 from ..groups import CouplingGroup, Groups
 from ._aggregate import aggregated, check_aggregate
 from ._members import check_members, entries, held_tensors, parameters_of, per_channel
@@ -45,8 +46,7 @@ def hutchinson(
     """
     if kind not in KINDS:
         raise UnknownName("kind of hutchinson", kind, KINDS)
-    if probes < 1:
-        raise InputError(f"probes must be a whole number of at least 1, got {probes!r}")
+    whole("probes", probes, 1)
     check_members(members)
     check_aggregate(aggregate)
     return Hutchinson(kind, probes, members, aggregate, seed)

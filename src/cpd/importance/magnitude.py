@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..errors import InputError
+from .._numbers import positive
 from ..groups import CouplingGroup, Groups
 from ._aggregate import aggregated, check_aggregate
 from ._members import Tensors, check_members, held_tensors, parameters_of, per_channel
@@ -19,8 +19,7 @@ def magnitude(*, p: float = 2.0, aggregate: str = "mean", members: str = "all") 
     of both. Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017); group mean as
     in DepGraph (CVPR 2023).
     """
-    if not p > 0:
-        raise InputError(f"magnitude needs p > 0, got {p!r}")
+    positive("p", p)
     check_aggregate(aggregate)
     check_members(members)
 

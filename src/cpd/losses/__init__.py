@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from cpd import _shelf
+from cpd._numbers import nonnegative
 from cpd.errors import InputError, UnknownName
 from cpd.losses._attach import Attached, attach
-from cpd.losses._logits import nonnegative
 from cpd.losses._points import Kept, kept_at
 from cpd.losses._standard import standardised
 from cpd.losses._state import Stateful

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from cpd.errors import InputError
 
-__all__ = ["nonnegative", "positive", "rows", "share", "whole"]
+__all__ = ["rows"]
 
 
 def rows(student: object, teacher: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,31 +36,3 @@ def rows(student: object, teacher: object) -> tuple[torch.Tensor, torch.Tensor]:
 def _flat(logits: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide).movedim(1, -1).reshape(-1, logits.shape[1])
-
-
-def positive(name: str, value: float) -> None:
-    """InputError unless ``value`` is a finite number > 0."""
-    if not (_is_number(value) and value > 0):
-        raise InputError(f"{name} must be a finite number > 0, got {value!r}.")
-
-
-def nonnegative(name: str, value: float) -> None:
-    """InputError unless ``value`` is a finite number ≥ 0."""
-    if not (_is_number(value) and value >= 0):
-        raise InputError(f"{name} must be a finite number >= 0, got {value!r}.")
-
-
-def share(name: str, value: object) -> None:
-    """InputError unless ``value`` is a number in [0, 1)."""
-    if not (_is_number(value) and isinstance(value, int | float) and 0 <= value < 1):
-        raise InputError(f"{name} must be a number in [0, 1), got {value!r}.")
-
-
-def whole(name: str, value: object, least: int) -> None:
-    """InputError unless ``value`` is a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

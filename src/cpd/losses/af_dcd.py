@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from cpd._numbers import nonnegative, positive, share, whole
 from cpd.errors import InputError
-from cpd.losses._logits import nonnegative, positive, share, whole
 from cpd.losses._maps import planes
 from cpd.losses._state import Stateful, generator, hidden, rebuilt
 

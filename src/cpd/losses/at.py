@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from cpd.losses._logits import positive
+from cpd._numbers import positive
 from cpd.losses._maps import maps
 
 __all__ = ["at"]

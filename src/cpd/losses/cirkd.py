@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from cpd.losses._logits import nonnegative, positive, whole
+from cpd._numbers import nonnegative, positive, whole
 from cpd.losses._maps import labels_at, planes
 from cpd.losses._state import Stateful, gathered
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cpd.losses._logits import nonnegative, positive, rows
+from cpd._numbers import nonnegative, positive
+from cpd.losses._logits import rows
 
 __all__ = ["dist"]
 

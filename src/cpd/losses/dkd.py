@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from cpd.losses._logits import nonnegative, positive, rows
+from cpd._numbers import nonnegative, positive
+from cpd.losses._logits import rows
 from cpd.losses._maps import labels_of
 
 __all__ = ["dkd"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from cpd.losses._logits import positive, rows
+from cpd._numbers import positive
+from cpd.losses._logits import rows
 
 __all__ = ["kd"]
 

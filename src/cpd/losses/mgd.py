@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cpd.losses._logits import nonnegative, share
+from cpd._numbers import nonnegative, share
 from cpd.losses._maps import planes
 from cpd.losses._state import Stateful, generator, hidden, rebuilt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from cpd.losses._logits import whole
+from cpd._numbers import whole
 from cpd.losses._maps import planes
 
 __all__ = ["skd"]
