@@ -111,6 +111,18 @@ def test_what_a_crop_lacks_is_mean_colour_and_no_class(ade: Path) -> None:
     assert image[:, :, border].abs().max() < 0.7  # colours are distorted after padding
 
 
+def test_a_crop_without_any_label_is_drawn_again(ade: Path) -> None:
+    """Nothing could be learned from it."""
+    for path in (ade / "annotations" / "training").glob("*.png"):
+        labels = np.array(Image.open(path))
+        labels[:, : 2 * labels.shape[1] // 3] = 0
+        save(path, labels)
+    found = ade20k(str(ade), 24, scale=60)
+    torch.manual_seed(0)
+    crops = [found.train[number][1] for number in (0, 1, 2) * 20]  # type: ignore[index]
+    assert sum(bool((labels == 255).all()) for labels in crops) <= 3
+
+
 def test_colours_are_distorted_not_exchanged() -> None:
     _torchvision.ensure()
     from torchvision import tv_tensors

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import cpd
+from cpd.distill import distill
 from cpd.errors import InputError, UnknownName
 
 LOSSES = {
@@ -183,3 +184,23 @@ def test_a_wrong_point_is_met_before_the_first_step(tmp_path: Path) -> None:
             network(), teacher=network(), data=Stripes(), task="segmentation",
             losses={"inner": {"at": "neck"}}, options={"steps": 1},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dkd", "nkd", "ifvd", "cirkd"])
+def test_no_loss_learns_from_what_the_task_ignores(name: str) -> None:
+    """A label that is a class's number as well as 255, which is none's."""
+    spec = {name: {"at": "body"} if name in ("ifvd", "cirkd") else {}}
+    found, teacher = [], Net()
+    for ignored in (2, 255):
+        given = Stripes()
+        images, labels = given.train.tensors
+        given.train = TensorDataset(images, labels.masked_fill(labels == 2, ignored))
+        watch = Watch()
+        task = {"segmentation": {"ignore_index": ignored}}
+        distill(
+            network(), data=given, teacher=teacher, task=task, losses=spec,
+            options={"steps": 2, "batch_size": 8}, callbacks=(watch,),
+        )  # fmt: skip
+        found.append(watch.seen["distill"])
+    assert found[0] == found[1]
+    assert any(value for key, value in found[0][1].items() if key.startswith(name))

@@ -58,6 +58,12 @@ def test_standardised_by_option(pair: tuple[torch.Tensor, torch.Tensor]) -> None
     torch.testing.assert_close(losses.resolve(spec)(*pair)["kd"], expected)
 
 
+@pytest.mark.parametrize("name", ["cirkd", "mgd", "af_dcd"])
+def test_features_are_not_standardised(name: str) -> None:
+    with pytest.raises(InputError, match=f"loss '{name}' looks at features: standardise is for"):
+        losses.resolve({name: {"at": "neck", "standardise": True}})
+
+
 def test_weights_over_a_stage() -> None:
     spec = {"kd": {"weight": 2.0, "warmup": 3, "decay": 0.25}}
     (term,) = losses.resolve(spec).terms

@@ -129,8 +129,11 @@ def test_targets_must_be_labels(targets: torch.Tensor, text: str) -> None:
         ({"ohem_kept": 0}, "ohem_kept must be a number of pixels >= 1"),
         ({"auxiliary": -1}, "auxiliary must be a weight >= 0"),
         ({"class_weights": [1.0, -1.0]}, "class_weights must be numbers >= 0"),
-        ({"window": 0}, "window must be a number of pixels, .* got 0"),
-        ({"window": 4, "stride": 5}, "stride at most window; got 5"),
+        ({"window": 0}, "window must be a whole number of at least 1, got 0"),
+        ({"window": "512"}, "window must be a whole number of at least 1, got '512'"),
+        ({"window": 4, "stride": 2.5}, "stride must be a whole number of at least 1, got 2.5"),
+        ({"window": 4, "stride": 5}, "at most as long; got stride=5, window=4"),
+        ({"stride": 5}, "stride is the step of a window.*window=None"),
         ({"class_weights": []}, "class_weights must be numbers >= 0"),
     ],
 )

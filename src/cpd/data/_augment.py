@@ -90,10 +90,10 @@ def _fitted(image: Any, labels: Any, scale: tuple[float, float]) -> tuple[Any, A
 
 
 def _largest(labels: Any) -> float:
-    """Share of the commonest class among the labelled pixels; 0 where there are none."""
+    """Share of the commonest class among the labelled pixels; all where none is labelled."""
     known = labels[labels != IGNORED]
     return (
         float(torch.bincount(known.flatten().long()).max() / known.numel())
         if known.numel()
-        else 0.0
+        else 1.0
     )

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from cpd.distill.seeds import derive, seed_all
 from cpd.errors import InputError
 
-__all__ = ["Batches", "examples", "parts", "size", "tensors", "to_device", "unpack"]
+__all__ = ["Batches", "examples", "labels", "parts", "size", "tensors", "to_device", "unpack"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -31,6 +31,14 @@ def _mapped(batch: Any, change: Any) -> Any:
     if isinstance(batch, list | tuple):
         return tuple(_mapped(value, change) for value in batch)
     return batch
+
+
+def labels(targets: Any, task: Any) -> Any:
+    """Targets as losses see them: -1, the label of no class, where the task ignores them."""
+    ignored = getattr(task, "ignore_index", None)
+    if ignored is None or not isinstance(targets, torch.Tensor) or targets.is_floating_point():
+        return targets
+    return targets.masked_fill(targets == ignored, -1)
 
 
 def tensors(batch: Any) -> Iterator[torch.Tensor]:

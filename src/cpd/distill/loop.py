@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cpd import losses as loss_shelf
-from cpd.distill.batches import Batches, examples, parts, size, to_device, unpack
+from cpd.distill.batches import Batches, examples, labels, parts, size, to_device, unpack
 from cpd.distill.callbacks import Callbacks, State
 from cpd.distill.evaluate import evaluate
 from cpd.distill.failures import explaining
@@ -275,7 +275,8 @@ class Loop:
                 outputs = self.model(*args, **kwargs)
                 taught = self.teacher.logits(args, kwargs, known)
             terms = {"task": self.options.task_weight * task.loss(outputs, targets).float()}
-        seen = loss_shelf.Seen(targets, own, other, state.step, state.total)
+        given = labels(targets, task)
+        seen = loss_shelf.Seen(given, own, other, state.step, state.total)
         return terms | self.losses(task.logits(outputs), taught, seen)
 
     def _autocast(self) -> AbstractContextManager[Any]:

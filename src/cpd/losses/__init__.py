@@ -137,6 +137,8 @@ def _term(name: str, options: dict[str, Any]) -> Term:
     valid = [word for word in _shelf.keywords(function)[2:] if word != "labels"]
     _shelf.check_options("loss", name, options, (*COMMON[1:], *valid))
     common = {word: options.pop(word) for word in COMMON if word in options}
+    if stateful and _flag(name, common):
+        raise InputError(f"loss {name!r} looks at features: standardise is for losses on logits")
     usual = WEIGHTS.get(function, (1.0, 1.0))[common.get("at") is not None]
     if _flag(name, common) and function is kd:
         temperature, usual = STANDARDISED

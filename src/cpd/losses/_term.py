@@ -19,7 +19,7 @@ class Seen:
     """What a step has for the losses, beside both networks' logits.
 
     Attributes:
-        labels: the task's targets.
+        labels: the task's targets, negative where it ignores them.
         student, teacher: named intermediate tensors, by module path.
         step: of the stage, from 0. total: steps of the stage; 0 where nobody says.
     """

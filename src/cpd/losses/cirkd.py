@@ -105,7 +105,7 @@ class Queue(torch.nn.Module):
 class CIRKD(Stateful):
     """batch · across + pixel · recalled(pixel queue) + region · recalled(region queue).
 
-    After every step each image gives the queues, for each class in it, up to 16 of its pixels and
+    Before comparing each image gives the queues, for each class in it, up to 16 of its pixels and
     the mean of them all, as the teacher sees them. With several processes every one stores what all
     saw. Only what was stored is compared to: there are no entries of noise at the beginning.
 

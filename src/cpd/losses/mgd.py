@@ -17,8 +17,8 @@ class MGD(Stateful):
     G: convolution 3 × 3, ReLU, convolution 3 × 3, of the teacher's width. Each position is hidden
     with the chance ``mask``, drawn anew in every step.
 
-    alpha: 2·10⁻⁵ for segmentation and detection, 7·10⁻⁵ for classification. mask: 0.75 for
-        segmentation, 0.65 for detection, 0.15 for classification.
+    alpha: 2·10⁻⁵ for segmentation and detection. mask: 0.75 for segmentation, 0.65 for detection.
+        For classification the authors hide channels instead; this does not.
 
     Takes maps (N, C, H, W) of one resolution. Returns {"mgd": scalar ≥ 0}. Raises InputError for
     other shapes and values out of range.

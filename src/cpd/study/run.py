@@ -234,4 +234,6 @@ def _base(study: Study, name: str, seed: int, settle: Settle, callbacks: tuple[A
     with staging(path.parent) as temporary:
         save_file(snapshot(trained.model), temporary / path.name)
         publish(temporary / path.name, path)
+    for done in path.parent.glob(f"{path.stem}*.checkpoint"):  # it is never gone on with
+        done.unlink()
     return path

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cpd._mend import before_metrics
+from cpd._numbers import whole
 from cpd.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,10 +57,13 @@ class Segmentation:
         if not isinstance(kept, int) or kept < 1:
             raise InputError(f"ohem_kept must be a number of pixels >= 1, got {self.ohem_kept!r}.")
         for name, side in (("window", self.window), ("stride", self.stride)):
-            if side is not None and not 0 < side <= (self.window or side):
-                raise InputError(
-                    f"{name} must be a number of pixels, stride at most window; got {side!r}."
-                )
+            if side is not None:
+                whole(name, side, 1)
+        if self.stride is not None and (self.window is None or self.stride > self.window):
+            raise InputError(
+                f"stride is the step of a window, and at most as long; got stride={self.stride!r}, "
+                f"window={self.window!r}."
+            )
         if not self.auxiliary >= 0:
             raise InputError(f"auxiliary must be a weight >= 0, got {self.auxiliary!r}.")
         weights = self.class_weights
