@@ -145,7 +145,7 @@ def candidates(groups: Groups, scores: Scores, alive: Mask, rules: Rules) -> Can
         sources.append(Source(branch, branch.family, 1))
     found = _gathered(groups, sources, parts, limited, (alive, values))
     if rules.uniform:
-        found, means = _in_step(found, means)
+        found = _in_step(found, pools, means)
     _rank(found, pools, rules.ranking, means)
     return _protected(found, alive)
 
@@ -285,11 +285,11 @@ def _with_blocks(groups: Groups, rows: Ids, classes: Ids) -> tuple[Ids, Ids]:
     return np.concatenate(all_rows), np.concatenate(all_classes)
 
 
-def _in_step(found: Candidates, means: list[float]) -> tuple[Candidates, list[float]]:
+def _in_step(found: Candidates, pools: list[object], means: list[float]) -> Candidates:
     """Let families of one width in isomorphic groups go step by step, all at once.
 
     Step k of all of them becomes one candidate, under the first of them. Its score is their sum,
-    its key their mean, as is what the first one counts over in `means`.
+    its key their mean; in `pools` and `means` they become one pool, and have the mean of theirs.
     """
     ties: dict[object, list[int]] = {}
     for number, source in enumerate(found.sources):
@@ -302,9 +302,10 @@ def _in_step(found: Candidates, means: list[float]) -> tuple[Candidates, list[fl
     new = np.full(len(found), -1, np.int64)
     first: list[int] = []
     count: list[int] = []
-    means = list(means)
     for families in ties.values():
-        means[families[0]] = sum(means[number] for number in families) / len(families)
+        mean = sum(means[number] for number in families) / len(families)
+        for number in families:
+            pools[number], means[number] = pools[families[0]], mean
         steps = [np.flatnonzero(found.family == number) for number in families]
         same = np.stack([found.units[mine[: min(map(len, steps))]] for mine in steps])
         for k in range(int(np.minimum.accumulate((same == same[0]).all(0)).sum())):
@@ -319,7 +320,7 @@ def _in_step(found: Candidates, means: list[float]) -> tuple[Candidates, list[fl
     tied = (new[candidate[pairs]], classes[pairs])
     family, units = found.family[first], found.units[first]
     found = replace(found, family=family, units=units, families=times, classes=tied)
-    return replace(found, score=score, key=key / times), means
+    return replace(found, score=score, key=key / times)
 
 
 def _rank(found: Candidates, pools: list[object], ranking: str, means: list[float]) -> None:
