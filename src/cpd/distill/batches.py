@@ -36,7 +36,8 @@ def _mapped(batch: Any, change: Any) -> Any:
 def labels(targets: Any, task: Any) -> Any:
     """Targets as losses see them: -1, the label of no class, where the task ignores them."""
     ignored = getattr(task, "ignore_index", None)
-    if ignored is None or not isinstance(targets, torch.Tensor) or targets.is_floating_point():
+    whole = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
+    if not whole or not isinstance(ignored, int):
         return targets
     return targets.masked_fill(targets == ignored, -1)
 
