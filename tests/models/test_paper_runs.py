@@ -155,4 +155,6 @@ def test_the_ends_of_figure_5(network: str, sparsity: str, tmp_path: Path) -> No
     study = Study.of(read(PAPER / "figure5.yaml"), lambda name: read(PAPER / name))
     place = {"network": network, "sparsity": sparsity}
     (cell,) = (cell for cell in study.cells() if cell.place == place)
-    ran_as(cell.values, tmp_path)
+    report = ran_as(cell.values, tmp_path)
+    assert 0 <= report["after"]["accuracy"]["miou"] <= 1
+    assert cell.values["target"] == f"params={1 - int(sparsity[:2]) / 100:.1g}"
