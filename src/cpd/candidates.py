@@ -47,7 +47,7 @@ class Candidates:
     go.
 
     `family[i]` indexes `sources`. `score[i]` is the importance of what goes, `key[i]` what
-    `ranking` compares, `units[i]` how many units of a family go at once, `families[i]` of how many
+    `ranking` compares, `units[i]` how many units of a family go at once, `ties[i]` of how many
     families, which go in step. `classes`: (candidate, class) pairs, blocks with all that is in
     them. `before`: the classes that are alive before anything goes;
     `values`: the importance of each class; `allowed`: the budgets, which all must hold.
@@ -59,7 +59,7 @@ class Candidates:
     score: Floats
     key: Floats
     units: Ids
-    families: Ids
+    ties: Ids
     classes: tuple[Ids, Ids]
     limited: int
     before: Mask
@@ -93,7 +93,7 @@ class Candidates:
 
     def ranked(self) -> Floats:
         """Return what candidates weigh by their keys: what `ranking` compares, for each unit."""
-        return self.key * self.units * self.families
+        return self.key * self.units * self.ties
 
     def kind(self, number: int) -> str:
         """Return the kind of a candidate's family."""
@@ -319,7 +319,7 @@ def _in_step(found: Candidates, pools: list[object], means: list[float]) -> Cand
     np.add.at(key, new[new >= 0], found.key[new >= 0])
     tied = (new[candidate[pairs]], classes[pairs])
     family, units = found.family[first], found.units[first]
-    found = replace(found, family=family, units=units, families=times, classes=tied)
+    found = replace(found, family=family, units=units, ties=times, classes=tied)
     return replace(found, score=score, key=key / times)
 
 
@@ -348,7 +348,7 @@ def _rank(found: Candidates, pools: list[object], ranking: str, means: list[floa
     for pool, number in names.items():
         mine = np.flatnonzero(pool_of == number)
         order = mine[np.argsort(found.key[mine], kind="stable")]
-        units = found.units[order] * found.families[order]
+        units = found.units[order] * found.ties[order]
         found.key[order] = (gone[pool] + np.cumsum(units) - units / 2) / total[pool]
 
 
@@ -384,6 +384,6 @@ def _only(found: Candidates, stays: Mask) -> Candidates:
         score=found.score[stays],
         key=found.key[stays],
         units=found.units[stays],
-        families=found.families[stays],
+        ties=found.ties[stays],
         classes=(index[candidate[pairs]], classes[pairs]),
     )
