@@ -172,6 +172,60 @@ def test_a_batch_is_never_written_down() -> None:
     assert any("len()" in frozen.reason for frozen in groups.frozen)
 
 
+class Gridded(nn.Module):
+    """Computes a number by values for each new shape, as detectors do their boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 5)
+        self.register_buffer("stride", torch.tensor([8.0, 16.0]))
+        self.shape: object = None
+        self.grid = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shape != x.shape:
+            self.shape, self.grid = x.shape, float(self.stride[1])
+        return self.linear(x) * self.grid
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_network_has_kept_since_it_was_traced_tells_nothing(device: str) -> None:
+    """Without values this one runs at the batch of before alone; there are as many heads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), Counted(heads=2), Gridded()).eval()
+    x = torch.randn(2, 7, 6)
+    model(x)
+    groups = cpd.comb(model.to(device), x.to(device))
+    if device == "meta":
+        assert not groups.replaced.active
+        assert "one batch alone" in groups.replaced.why_not["1"]
+        return
+    plan = cpd.choose(groups, cpd.importance.score("random", model, groups), "macs=0.5")
+    assert list(plan.forwards) == ["1"]
+    small = cpd.cut(model, plan)
+    assert cpd.verify(model, small, plan)
+    assert small(torch.randn(5, 7, 6)).shape == (5, 7, 5)
+
+
+class Twice(nn.Module):
+    """Calls a layer once for each two rows of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Counted(heads=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.inner(part) for part in x.split(2)])
+
+
+def test_code_that_the_batch_calls_more_often_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), Twice(), nn.Linear(24, 5)).eval()
+    groups = cpd.comb(model, torch.randn(2, 7, 6))
+    assert not groups.replaced.active
+    assert "the batch decides" in groups.replaced.why_not["1.inner"]
+
+
 class Remembering(Counted):
     """A module that says by itself what a copy of it holds."""
 

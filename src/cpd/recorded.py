@@ -7,7 +7,7 @@ may have another form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .calls import Made, record
 from .forward import Data
 from .on_meta import OnMeta
-from .surgery import rebuild
+from .surgery import rebuild, share
 from .trace import Trace, named_tensors, quiet_state
 
 Mode = AbstractContextManager[Any]
+Runs = dict[str, tuple[list[Data], list[list[Made]]]]
 
 
 class Recorded:
@@ -33,40 +34,59 @@ class Recorded:
         self.model, self.paths = model, paths
         self.args, self.kwargs = trace.args, trace.kwargs
         self.on_values = False
+        self.why_not: dict[str, str] = {}
         self.children: dict[str, list[list[Made]]] = {}
 
     @cached_property
     def calls(self) -> dict[str, list[Data]]:
         """Path -> calls; nothing where the model runs nowhere."""
-        model, device = _copy_in(self.model, None), "meta"
-        modes: tuple[Mode, ...] = (OnMeta(), nullcontext())
-        mode, whole = modes[0], dict[str, Any]()
-        first = _runs(model, self.paths, mode, *self._varied(device, 2))
-        for mode in () if first else modes:
-            whole = _runs(model, self.paths, mode, *self._varied(device, 1))
-            if whole:
+        first: Runs = {}
+        for model, device, mode in self._ways():
+            run = partial(self._run, model, device, mode)
+            first = run(2) or run(1)
+            other = run(3) if first else {}
+            if other:
                 break
-        if not (first or whole) and any(t.is_meta for _, t in named_tensors(self.model)):
-            return {}  # there are no values to run it on
-        if not (first or whole):
-            model, device, self.on_values = self.model, "cpu", True
-            whole = _runs(model, self.paths, mode, *self._varied(device, 1))
-        first = first or _runs(model, self.paths, mode, *self._varied(device, 2)) or whole
+        if not first:
+            return {}
+        if not other and device == "meta":
+            self.why_not = dict.fromkeys(first, "without values the network runs at one batch alone")
+            return {}
+        self.on_values = device != "meta"
         calls = {path: list(given) for path, (given, _) in first.items()}
         self.children = {path: list(made) for path, (_, made) in first.items()}
 
-        def vary(batch: int, axes: tuple[int, ...]) -> bool:
-            found = _runs(model, self.paths, mode, *self._varied(device, batch, axes))
+        def add(found: Runs) -> bool:
             for path, (given, made) in found.items():
                 if len(given) == len(first[path][0]):
                     calls[path] += given
                     self.children[path] += made
             return bool(found)
 
-        vary(3, ())
+        add(other)
         if device == "meta":
-            self._lengthen(partial(vary, 2))
+            self._lengthen(lambda axes: add(run(2, axes)))
+        for path in other:
+            if len(other[path][0]) != len(first[path][0]):  # which of them is which call?
+                self.why_not[path], calls[path] = "the batch decides how often it is called", []
         return calls
+
+    def _ways(self) -> Iterator[tuple[nn.Module, str, Mode]]:
+        """Yield where the network may run: on the meta device, and on its values if it has any.
+
+        One batch alone tells nothing, on the meta device: there it may live on what it has kept
+        since it was traced (boxes of a detector, say), and the batch would be a constant.
+        """
+        copied = _copy_in(self.model, None)
+        yield copied, "meta", OnMeta()
+        yield copied, "meta", nullcontext()
+        if not any(t.is_meta for _, t in named_tensors(self.model)):
+            yield share(self.model), "cpu", nullcontext()
+
+    def _run(
+        self, model: nn.Module, device: str, mode: Mode, batch: int, axes: tuple[int, ...] = ()
+    ) -> Runs:
+        return _runs(model, self.paths, mode, *self._varied(device, batch, axes))
 
     @cached_property
     def longer(self) -> dict[str, list[Data]]:
@@ -134,7 +154,7 @@ def _copy_in(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
 
 def _runs(
     model: nn.Module, paths: list[str], mode: Mode, args: Any, kwargs: Any
-) -> dict[str, tuple[list[Data], list[list[Made]]]]:
+) -> Runs:
     """Return what the modules are called with, and what their children return to them; nothing
     where the model does not run.
     """

@@ -142,7 +142,8 @@ class Replacements:
             raise Uncapturable(failed[0])  # the same code, which takes its time
         calls = self._recorded.calls.get(path, [])
         if not calls:
-            raise Uncapturable("it is called by another way than its forward")
+            why = self._recorded.why_not.get(path, "it is called by another way than its forward")
+            raise Uncapturable(why)
         try:
             forward = self._capture(module, calls, returned(self._recorded.children.get(path, [])))
             if goes_apart(forward, self.steps.get(path, [])):
