@@ -19,7 +19,7 @@ from .aliases import Storages, base, op_name, sole_chain, views, writes
 from .channels import Channels, Ids, Place
 from .errors import TraceError
 from .labels import Labels, Layer
-from .rules import Call, Factor, Pin, Size, find
+from .rules import NO_CHANNELS, Call, Factor, Pin, Size, find
 from .trace import Trace, location, source_line, used_tensors
 
 
@@ -142,11 +142,13 @@ class Reader:
             source = self.env.get(node.args[0])  # type: ignore[arg-type]
             return source[int(node.args[1])] if isinstance(source, list) else source  # type: ignore[arg-type]
         out = [_shape(value) for value in _tensors(node.meta.get("val"))]
-        if not out:
+        if not (out or _asks_values(node)):
             return None
         self.at(node)
         call = self._bind(node, out)
         result = self._rule(node, call)
+        if not out:
+            return None  # a number
         if isinstance(result, Labels) and isinstance(node.meta.get("val"), tuple | list):
             result = [result] * len(out)
         written = self._mutated(node, call, result)
@@ -192,7 +194,8 @@ class Reader:
             for label in labels:
                 call.freeze_all(label, "operator without a rule")
             results = [Labels(shape) for shape in call.out]
-            return results if isinstance(node.meta["val"], tuple | list) else results[0]
+            several = isinstance(node.meta.get("val"), tuple | list) or not results
+            return results if several else results[0]
         return rule(call)
 
     def _mutated(self, node: fx.Node, call: Call, result: Any) -> dict[fx.Node, Labels]:
@@ -252,6 +255,13 @@ class Reader:
 def place_of(node: fx.Node) -> Place:
     """Return the call of a node: its operator, the module that makes it, the line of code."""
     return Place(op_name(node), location(node)[0], source_line(node))
+
+
+def _asks_values(node: fx.Node) -> bool:
+    """Whether a call that puts out no tensor may read the values of one, not only its form."""
+    name = op_name(node)
+    operator = isinstance(node.target, torch._ops.OpOverload)
+    return operator and not name.startswith("sym_") and name not in NO_CHANNELS
 
 
 def _is_pointwise(target: Any) -> bool:

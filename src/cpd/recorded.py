@@ -40,19 +40,9 @@ class Recorded:
     @cached_property
     def calls(self) -> dict[str, list[Data]]:
         """Path -> calls; nothing where the model runs nowhere."""
-        first: Runs = {}
-        for model, device, mode in self._ways():
-            run = partial(self._run, model, device, mode)
-            first = run(2) or run(1)
-            other = run(3) if first else {}
-            if other:
-                break
+        run, first, other = self._two_batches()
         if not first:
             return {}
-        if not other and device == "meta":
-            self.why_not = dict.fromkeys(first, "without values the network runs at one batch alone")
-            return {}
-        self.on_values = device != "meta"
         calls = {path: list(given) for path, (given, _) in first.items()}
         self.children = {path: list(made) for path, (_, made) in first.items()}
 
@@ -64,19 +54,34 @@ class Recorded:
             return bool(found)
 
         add(other)
-        if device == "meta":
+        if not self.on_values:
             self._lengthen(lambda axes: add(run(2, axes)))
         for path in other:
             if len(other[path][0]) != len(first[path][0]):  # which of them is which call?
                 self.why_not[path], calls[path] = "the batch decides how often it is called", []
         return calls
 
-    def _ways(self) -> Iterator[tuple[nn.Module, str, Mode]]:
-        """Yield where the network may run: on the meta device, and on its values if it has any.
+    def _two_batches(self) -> tuple[Callable[..., Runs], Runs, Runs]:
+        """Return a function that runs the network, and its runs at one batch and at another.
 
-        One batch alone tells nothing, on the meta device: there it may live on what it has kept
-        since it was traced (boxes of a detector, say), and the batch would be a constant.
+        Without values one batch alone tells nothing: there the network may live on what it has
+        kept since it was traced (boxes of a detector, say), and the batch would be a constant.
         """
+        first, device = dict[str, Any](), "meta"
+        for model, device, mode in self._ways():
+            run = partial(self._run, model, device, mode)
+            first = run(2) or run(1)
+            other = run(3) if first else {}
+            if other:
+                break
+        self.on_values = device != "meta"
+        if first and not (other or self.on_values):
+            why = "without values the network runs at one batch alone"
+            self.why_not, first = dict.fromkeys(first, why), {}
+        return run, first, other
+
+    def _ways(self) -> Iterator[tuple[nn.Module, str, Mode]]:
+        """Yield where the network may run: on the meta device, and on its values if it has any."""
         copied = _copy_in(self.model, None)
         yield copied, "meta", OnMeta()
         yield copied, "meta", nullcontext()
@@ -152,9 +157,7 @@ def _copy_in(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
     return rebuild(model, {n: empty(t) for n, t in named_tensors(model)}, {}).eval()
 
 
-def _runs(
-    model: nn.Module, paths: list[str], mode: Mode, args: Any, kwargs: Any
-) -> Runs:
+def _runs(model: nn.Module, paths: list[str], mode: Mode, args: Any, kwargs: Any) -> Runs:
     """Return what the modules are called with, and what their children return to them; nothing
     where the model does not run.
     """

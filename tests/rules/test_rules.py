@@ -704,6 +704,8 @@ CASES = [
     case("one_hot", lambda x: F.one_hot((x > 0).long(), 3).double(), IMAGE, free=False),
     case("searchsorted", lambda x: x * torch.searchsorted(torch.linspace(0, 1, 5).double(), x), X(5), free=False),
     case("bucketize", lambda x: x * torch.bucketize(x, torch.linspace(0, 1, 5).double()), IMAGE, free=False),
+    case("item of all", lambda x: x * x.sum().item(), IMAGE),
+    case("item of a weight", lambda x, w: x * w.item(), IMAGE, W(1, 1)),
     case("topk", lambda x: x.topk(2, 2)[0], IMAGE),
     case("topk channels", lambda x: x.topk(2, 1)[0], IMAGE, free=False),
     # no rule: never a guess

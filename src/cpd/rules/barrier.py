@@ -40,13 +40,15 @@ def _along(call: Call, x: Labels, axes: set[int], why: str) -> Labels | list[Lab
     return results if len(results) > 1 else results[0]
 
 
-@rule("histc", "one_hot", "searchsorted", "bucketize")
+@rule("histc", "one_hot", "searchsorted", "bucketize", "item")
 def wall(call: Call) -> Labels | list[Labels]:
-    """Counts or places entries of the whole tensor: nothing of what goes in may shrink."""
+    """Counts or places entries of the whole tensor, or makes a number of it: nothing of what goes
+    in may shrink.
+    """
     for tensor in _tensors(list(call.args.values())):
         call.freeze_all(tensor, f"{call.op} depends on every entry")
     results = [Labels(shape) for shape in call.out]
-    return results if len(results) > 1 else results[0]
+    return results if len(results) != 1 else results[0]
 
 
 def _tensors(values: list[object]) -> list[Labels]:
