@@ -180,13 +180,17 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor) and not value.is_leaf:
         value = value.detach()  # computed from parameters, and again in every forward
     if kind is dict or kind is OrderedDict:
-        return kind((_copy(key, memo), _copy(item, memo)) for key, item in value.items())
+        return kind([(_copy(key, memo), _copy(item, memo)) for key, item in value.items()])
+    if kind is set and not value:
+        return set()  # of names of buffers: every module has one
     if not isinstance(value, nn.Module) or _copies_itself(kind):
         return copy.deepcopy(value, memo)
     result: Any = object.__new__(kind)
     memo[id(value)] = result
-    held = (item for item in vars(value).items() if item[0] != "_compiled_call_impl")
-    result.__dict__.update({name: _copy(item, memo) for name, item in held})
+    made = result.__dict__
+    for name, item in vars(value).items():
+        if name != "_compiled_call_impl":
+            made[name] = item if type(item) in _MOST else _copy(item, memo)
     return result
 
 
