@@ -226,6 +226,42 @@ def test_code_that_the_batch_calls_more_often_stays() -> None:
     assert "the batch decides" in groups.replaced.why_not["1.inner"]
 
 
+class Folded(nn.Module):
+    """Heads beside the batch, as `bmm` wants them, with another axis left open (-1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 4, 6
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.proj = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, length, width = x.shape
+        folded = (n * self.heads, -1, self.dim)
+        q, k, v = (
+            layer(x).view(n, -1, self.heads, self.dim).transpose(1, 2).reshape(*folded)
+            for layer in (self.query, self.key, self.value)
+        )
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if scores.shape != (n * self.heads, length, length):
+            raise ValueError(f"scores are {tuple(scores.shape)}")
+        y = torch.bmm(scores.softmax(-1), v).view(n, self.heads, length, self.dim)
+        return self.proj(y.transpose(1, 2).reshape(n, length, width))
+
+
+def test_heads_that_are_folded_into_the_batch_go() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), Folded(), nn.Tanh(), nn.Linear(24, 5)).eval()
+    x = torch.randn(2, 7, 6)
+    small, plan = pruned(model, x)
+    assert list(plan.forwards) == ["1"]
+    lost = {w.family for w in plan.widths if w.after < w.before}
+    assert {"heads", "head dims"} <= lost
+    for shape in ((1, 7, 6), (5, 7, 6), (3, 11, 6)):
+        assert cpd.verify(model, small, plan, torch.randn(shape))
+    assert small.train()(torch.randn(4, 7, 6)).shape == (4, 7, 5)
+
+
 class Remembering(Counted):
     """A module that says by itself what a copy of it holds."""
 

@@ -28,7 +28,8 @@ from .channels import Ids
 from .drop import Addition, addition, called, dropped
 from .graph import place_of
 from .labels import Layer
-from .replace import Disagreement, Replacements, Template
+from .literals import Disagreement
+from .replace import Replacements, Template
 from .rules import Factor
 from .terms import Terms, factors_of
 from .trace import Trace, location

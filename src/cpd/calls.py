@@ -194,17 +194,18 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a child returns where its caller may be called with several sizes: as `Made`, and which
-    axes of its tensors vary.
+    """What a child returns where its caller may be called with several sizes: as `Made`, which
+    axes of its tensors vary, and which are as long as the batch each time.
     """
 
     first: Made
     varying: list[tuple[bool, ...]]
+    batch: list[tuple[bool, ...]]
 
 
-def returned(made: list[list[Made]]) -> list[Returned]:
-    """Return what the children of a module return, from its calls at several sizes; nothing where
-    that cannot be told from them.
+def returned(made: list[list[Made]], batches: list[int]) -> list[Returned]:
+    """Return what the children of a module return, from its calls at several sizes (`batches`: the
+    network's batch at each); nothing where that cannot be told from them.
     """
     forms = {
         tuple((x.path, str(x.spec), *map(_form, x.leaves)) for x in children) for children in made
@@ -213,13 +214,14 @@ def returned(made: list[list[Made]]) -> list[Returned]:
         return []
     result = []
     for same in zip(*made, strict=True):
-        varying = []
+        varying, batch = [], []
         for leaves in zip(*(x.leaves for x in same), strict=True):
             sizes = [
                 tuple(x.shape) if isinstance(x, torch.Tensor) else (_plain(x),) for x in leaves
             ]
             varying.append(tuple(len(set(axis)) > 1 for axis in zip(*sizes, strict=True)))
-        result.append(Returned(same[0], varying))
+            batch.append(tuple([*axis] == batches for axis in zip(*sizes, strict=True)))
+        result.append(Returned(same[0], varying, batch))
     return result
 
 

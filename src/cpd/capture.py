@@ -8,7 +8,7 @@ on the type of the inputs is found by running once more in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -145,11 +145,17 @@ def _fake_inputs(
 
 
 def _fake(
-    mode: FakeTensorMode, value: torch.Tensor, varying: tuple[bool, ...], dtype: torch.dtype
+    mode: FakeTensorMode,
+    value: torch.Tensor,
+    varying: tuple[bool, ...],
+    dtype: torch.dtype,
+    known: Mapping[int, torch.SymInt] | None = None,
 ) -> torch.Tensor:
     kind = dtype if value.is_floating_point() else value.dtype
     env: Any = mode.shape_env
-    shape = [env.size(n) if v else n for n, v in zip(value.shape, varying, strict=False)]
+    sizes = enumerate(zip(value.shape, varying, strict=False))
+    known = known or {}
+    shape = [(known[k] if k in known else env.size(n)) if v else n for k, (n, v) in sizes]
     with mode:
         return torch.empty(shape or value.shape, dtype=kind, device="cpu")
 
@@ -181,9 +187,10 @@ class _Known:
             return None
         given = tensors_in((args, kwargs))
         leaves: list[Any] = []
-        for leaf, axes in zip(found.first.leaves, found.varying, strict=True):
+        axes_of = zip(found.first.leaves, found.varying, found.batch, strict=True)
+        for leaf, axes, batch in axes_of:
             if isinstance(leaf, torch.Tensor):
-                leaves.append(self._tensor(leaf, axes))
+                leaves.append(self._tensor(leaf, axes, self._batch(leaf, batch, given)))
                 if leaves[-1] is None:
                     return None
             elif isinstance(leaf, tuple):
@@ -192,7 +199,21 @@ class _Known:
                 leaves.append(self.env.size(leaf[0]) if axes[0] else leaf[0])
         return pytree.tree_unflatten(leaves, found.first.spec)
 
-    def _tensor(self, like: torch.Tensor, varying: tuple[bool, ...]) -> torch.Tensor | None:
+    def _batch(
+        self, leaf: torch.Tensor, batch: tuple[bool, ...], given: list[torch.Tensor]
+    ) -> dict[int, torch.SymInt]:
+        """Return the axes that are the batch of what a child was given: the code relies on it."""
+        found: dict[int, torch.SymInt] = {}
+        like = given[0].shape if len(given) == 1 else ()
+        for axis, (is_batch, mine, theirs) in enumerate(zip(batch, leaf.shape, like, strict=False)):
+            same = self.env.again(theirs) if is_batch and mine == theirs else None
+            if same is not None:
+                found[axis] = same
+        return found
+
+    def _tensor(
+        self, like: torch.Tensor, varying: tuple[bool, ...], known: dict[int, torch.SymInt]
+    ) -> torch.Tensor | None:
         """Return a tensor of the same form; None where it has none of its own (views, sizes of
         one).
         """
@@ -203,7 +224,9 @@ class _Known:
             return None
         kind = self.dtypes.get(like.dtype, like.dtype)
         with unset_fake_temporarily():
-            made = _fake(self.mode, moved, tuple(varying[k] for k in order), kind)
+            axes = tuple(varying[k] for k in order)
+            there = {at: known[k] for at, k in enumerate(order) if k in known}
+            made = _fake(self.mode, moved, axes, kind, there)
         return made.permute([order.index(k) for k in range(like.ndim)])
 
 

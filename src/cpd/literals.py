@@ -7,28 +7,57 @@ is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from fractions import Fraction
 from typing import Any
 
 from .calls import Uncapturable
+from .errors import CPDError
 from .forward import Data, Forward, encode
 from .graph import Step
-from .labels import Labels
+from .labels import Labels, Mask, axis_size
 from .partners import Pair, agree, apart, name_of
 from .rules import Size
 
 Place = tuple[str, int, str, int | None]
+
+
+class Disagreement(CPDError):
+    """One literal of a forward would need two values; `path`: the module whose forward it is."""
+
+    def __init__(self, text: str, path: str = "") -> None:
+        super().__init__(text)
+        self.path = path
+
+
+@dataclass
+class Literal:
+    """A number in the calls of a forward, and the sizes that it is, or is a factor of."""
+
+    old: int
+    sizes: list[Size] = field(default_factory=list)
+
+    def at(self, alive: Mask) -> int:
+        """Return the new number. Raises `Disagreement` where there is no such."""
+        found = {
+            Fraction(self.old * axis_size(size.labels, size.axis, alive), size.old)
+            for size in self.sizes
+        }
+        if len(found) > 1 or any(x.denominator > 1 for x in found):
+            raise Disagreement(f"a size of {self.old} becomes {sorted(map(float, found))}")
+        return int(found.pop())
+
+
 _SHAPED = ("view", "reshape", "_unsafe_view", "unflatten")
 
 
-def matched(
-    forward: Forward, steps: list[Step]
-) -> tuple[dict[Place, tuple[Size, ...]], list[Size]]:
+def matched(forward: Forward, steps: list[Step]) -> tuple[dict[Place, Literal], list[Size]]:
     """Return the literals of a forward that carry channels (both modes have the same ones), and
     the sizes that it computes from its inputs.
     """
     rigid: list[Size] = []
-    places: dict[Place, list[Size]] = {}
+    places: dict[Place, Literal] = {}
     graph = forward.graphs["eval"]
     training = in_training(forward)
     for number, step in partners(graph, steps):
@@ -38,19 +67,22 @@ def matched(
             if held == -1:
                 continue
             if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
-                _infer(graph[number], place)
-                _infer(forward.graphs["train"][_number(training, number)], place)
+                if not _inferred(graph[number], place):
+                    place, held = _factor(graph, held["node"])
+                    places.setdefault(place, Literal(held)).sizes.append(size)
+                elif not _inferred(forward.graphs["train"][_number(training, number)], place):
+                    raise Uncapturable("its forward in training is another one")
                 continue
             if held != size.old:
                 rigid.append(size)
                 continue
-            places.setdefault(place, []).append(size)
-    for place, sizes in list(places.items()):
+            places.setdefault(place, Literal(held)).sizes.append(size)
+    for place, literal in list(places.items()):
         number = _number(training, place[1])
-        if _held(forward.graphs["train"][number], place) != sizes[0].old:
+        if _held(forward.graphs["train"][number], place) != literal.old:
             raise Uncapturable("its forward in training is another one")
-        places["train", number, place[2], place[3]] = sizes
-    return {place: tuple(sizes) for place, sizes in places.items()}, rigid
+        places["train", number, place[2], place[3]] = literal
+    return places, rigid
 
 
 def in_training(forward: Forward) -> dict[int, int]:
@@ -122,13 +154,30 @@ def _held(node: Data, place: Place) -> Any:
         raise Uncapturable("a size that carries channels is not among the arguments") from error
 
 
-def _infer(node: Data, place: Place) -> None:
-    """Let PyTorch infer an axis of both channels and positions."""
+def _inferred(node: Data, place: Place) -> bool:
+    """Let PyTorch infer an axis of both channels and positions; say whether it can."""
     _, _, argument, entry = place
     sizes = next(iter(node["args"]["list"][int(argument)].values()))
-    if -1 in sizes:
+    if -1 not in sizes:
+        sizes[entry] = -1
+    return bool(sizes[entry] == -1)
+
+
+def _factor(graph: list[Data], name: str) -> tuple[Place, int]:
+    """Return the only number in a product (`batch * heads`), and where it is."""
+    numbers = {node["name"]: k for k, node in enumerate(graph)}
+    found: list[tuple[Place, int]] = []
+    left = [name]
+    for at in left:  # it grows
+        node = graph[numbers[at]]
+        for k, x in enumerate(node["args"]["list"] if node["op"] == "mul" else ()):
+            if isinstance(x, dict):
+                left.append(x["node"])
+            else:
+                found.append((("eval", numbers[at], str(k), None), x))
+    if len(found) != 1:
         raise Uncapturable("two axes of one shape are computed from the inputs")
-    sizes[entry] = -1
+    return found[0]
 
 
 def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:

@@ -32,45 +32,52 @@ class Recorded:
 
     def __init__(self, model: nn.Module, trace: Trace, paths: list[str]) -> None:
         self.model, self.paths = model, paths
-        self.args, self.kwargs = trace.args, trace.kwargs
+        self.args, self.kwargs, self.batch = trace.args, trace.kwargs, trace.batch
         self.on_values = False
         self.why_not: dict[str, str] = {}
         self.children: dict[str, list[list[Made]]] = {}
+        self.batches: dict[str, list[int]] = {}  # of the network, in these
 
     @cached_property
     def calls(self) -> dict[str, list[Data]]:
         """Path -> calls; nothing where the model runs nowhere."""
-        run, first, other = self._two_batches()
+        run, times, first, other = self._two_batches()
         if not first:
             return {}
-        calls = {path: list(given) for path, (given, _) in first.items()}
-        self.children = {path: list(made) for path, (_, made) in first.items()}
+        calls: dict[str, list[Data]] = {path: [] for path in first}
+        self.children = {path: [] for path in first}
+        self.batches = {path: [] for path in first}
 
-        def add(found: Runs) -> bool:
+        def add(found: Runs, times: int) -> bool:
             for path, (given, made) in found.items():
                 if len(given) == len(first[path][0]):
                     calls[path] += given
                     self.children[path] += made
+                    self.batches[path] += [times * self.batch] * len(made)
             return bool(found)
 
-        add(other)
+        add(first, times)
+        add(other, 3)
         if not self.on_values:
-            self._lengthen(lambda axes: add(run(2, axes)))
+            self._lengthen(lambda axes: add(run(2, axes), 2))
         for path in other:
             if len(other[path][0]) != len(first[path][0]):  # which of them is which call?
                 self.why_not[path], calls[path] = "the batch decides how often it is called", []
         return calls
 
-    def _two_batches(self) -> tuple[Callable[..., Runs], Runs, Runs]:
-        """Return a function that runs the network, and its runs at one batch and at another.
+    def _two_batches(self) -> tuple[Callable[..., Runs], int, Runs, Runs]:
+        """Return a function that runs the network, and its runs at one batch (so many times the
+        traced one) and at another.
 
         Without values one batch alone tells nothing: there the network may live on what it has
         kept since it was traced (boxes of a detector, say), and the batch would be a constant.
         """
-        first, device = dict[str, Any](), "meta"
+        first, times, device = dict[str, Any](), 2, "meta"
         for model, device, mode in self._ways():
             run = partial(self._run, model, device, mode)
-            first = run(2) or run(1)
+            first, times = run(2), 2
+            if not first:
+                first, times = run(1), 1
             other = run(3) if first else {}
             if other:
                 break
@@ -78,7 +85,7 @@ class Recorded:
         if first and not (other or self.on_values):
             why = "without values the network runs at one batch alone"
             self.why_not, first = dict.fromkeys(first, why), {}
-        return run, first, other
+        return run, times, first, other
 
     def _ways(self) -> Iterator[tuple[nn.Module, str, Mode]]:
         """Yield where the network may run: on the meta device, and on its values if it has any."""

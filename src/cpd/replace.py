@@ -23,11 +23,10 @@ from torch import nn
 from .calls import Returned, Uncapturable, leaves_of, returned
 from .capture import capture
 from .channels import Ids
-from .errors import CPDError
 from .forward import Data, Forward, changed
 from .graph import Step
 from .labels import Labels, Mask, axis_size
-from .literals import Place, goes_apart, matched, scales_of
+from .literals import Disagreement, Literal, Place, goes_apart, matched, scales_of
 from .recorded import Recorded
 from .rules import Size
 from .trace import Trace, location, named_tensors
@@ -44,7 +43,7 @@ class Template:
     """
 
     forward: Forward
-    places: dict[Place, tuple[Size, ...]]
+    places: dict[Place, Literal]
     rigid: list[Size]
     scales: dict[Place, tuple[Labels, int]]
     ids: Ids
@@ -59,23 +58,12 @@ class Template:
         for size in self.rigid:
             if axis_size(size.labels, size.axis, alive) != size.old:
                 raise Disagreement(f"a size of {size.old} is computed from the inputs")
-        for place, sizes in self.places.items():
-            new = {axis_size(size.labels, size.axis, alive) for size in sizes}
-            if len(new) > 1:
-                raise Disagreement(f"a size of {sizes[0].old} becomes {sorted(new)}")
-            values[place] = new.pop()
+        for place, literal in self.places.items():
+            values[place] = literal.at(alive)
         for place, (labels, axis) in self.scales.items():
             values[place] = labels.shape[axis] ** -0.5
         others = tuple(other._changed(alive) for other in self.others)
         return replace(changed(self.forward, values), others=others)
-
-
-class Disagreement(CPDError):
-    """One literal of a forward would need two values; `path`: the module whose forward it is."""
-
-    def __init__(self, text: str, path: str = "") -> None:
-        super().__init__(text)
-        self.path = path
 
 
 class Replacements:
@@ -145,7 +133,9 @@ class Replacements:
             why = self._recorded.why_not.get(path, "it is called by another way than its forward")
             raise Uncapturable(why)
         try:
-            forward = self._capture(module, calls, returned(self._recorded.children.get(path, [])))
+            made = self._recorded.children.get(path, [])
+            children = returned(made, self._recorded.batches.get(path, []))
+            forward = self._capture(module, calls, children)
             if goes_apart(forward, self.steps.get(path, [])):
                 return self._of_both_ways(path, module, calls)
             return self._matched(path, forward)

@@ -22,9 +22,9 @@ from .graph import place_of
 from .groups import Groups
 from .handed import Watch
 from .labels import Mask, new_shape
+from .literals import Disagreement
 from .on_meta import OnMeta
 from .opened import WatchedCall, calls_of
-from .replace import Disagreement
 from .sizes import attribute_values
 from .surgery import rebuild
 from .trace import innermost, location, quiet_state

@@ -56,6 +56,15 @@ class Sizes(ShapeEnv):
         made.grows = True
         return torch.SymInt(made)
 
+    def again(self, size: Any) -> torch.SymInt | None:
+        """Return the same size as that of another tensor; None where it does not vary."""
+        node = size.node if isinstance(size, torch.SymInt) else None
+        if not isinstance(node, Count) or node.constant is not None:
+            return None
+        made = Count.of(self, node.row, same=False)
+        made.grows = node.grows
+        return torch.SymInt(made)
+
     def number(self, value: Any) -> Count:
         """Return a number as a node."""
         key = (type(value), value)
