@@ -81,7 +81,7 @@ $(foreach name,figure5 table3,$(foreach seed,0 1 2,$(eval study-digits-$(name)-$
 
 # What the full-size tables cost before and after, with random weights.
 paper-costs: $(STAMP)
-	for name in table1 table2 table3 table4; do $(BIN)/python -m cpd.cli study recipes/paper/$$name.yaml --cost_only true --threads 1 || exit; done
+	for name in table1 table2 table3 table4 figure5; do $(BIN)/python -m cpd.cli study recipes/paper/$$name.yaml --cost_only true --threads 1 || exit; done
 
 rules: $(STAMP)
 	$(BIN)/python tools/rules_page.py

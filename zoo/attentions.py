@@ -24,6 +24,7 @@ def attentions(groups: cpd.Groups) -> dict[str, Any]:
     not: [kind, path of the first, reason, how many] for each reason.
     """
     goes = {kind: _that_go(groups, names) for kind, names in KINDS.items()}
+    channels = _that_go(groups, ("channels", "channel groups"))
     counts, why = dict.fromkeys(KINDS, 0), dict[tuple[str, str], list[Any]]()
     every = list(_classes(groups))
     for path, classes in every:
@@ -32,6 +33,8 @@ def attentions(groups: cpd.Groups) -> dict[str, Any]:
                 counts[kind] += 1
                 continue
             reason = _reason(groups, classes, rows=kind == "heads")
+            if kind == "head dims" and channels[classes].any():
+                reason = "not as head dims but as channels, which go: there is one head"
             why.setdefault((kind, reason), [path, 0])[1] += 1
     return {
         "attentions": len(every),
@@ -113,4 +116,4 @@ def _reason(groups: cpd.Groups, classes: Any, *, rows: bool) -> str:
     found = causes[causes >= 0]
     if len(found):
         return str(groups.units.reasons[int(np.bincount(found).argmax())])
-    return "one head, or none that the weights make" if rows else "no reason is told"
+    return "one head, or none that the weights make" if rows else "a width of one"

@@ -126,7 +126,7 @@ def test_targets_must_be_labels(targets: torch.Tensor, text: str) -> None:
     ("options", "text"),
     [
         ({"ohem": 0}, r"ohem is a probability in \(0, 1\], got 0"),
-        ({"ohem_kept": 0}, "ohem_kept must be a number of pixels >= 1"),
+        ({"ohem_kept": 0}, "ohem_kept must be a whole number of at least 1, got 0"),
         ({"auxiliary": -1}, "auxiliary must be a weight >= 0"),
         ({"class_weights": [1.0, -1.0]}, "class_weights must be numbers >= 0"),
         ({"window": 0}, "window must be a whole number of at least 1, got 0"),

@@ -53,12 +53,10 @@ class Segmentation:
     def __post_init__(self) -> None:
         if self.ohem is not None and not 0 < self.ohem <= 1:
             raise InputError(f"ohem is a probability in (0, 1], got {self.ohem!r}.")
-        kept: object = self.ohem_kept
-        if not isinstance(kept, int) or kept < 1:
-            raise InputError(f"ohem_kept must be a number of pixels >= 1, got {self.ohem_kept!r}.")
-        for name, side in (("window", self.window), ("stride", self.stride)):
-            if side is not None:
-                whole(name, side, 1)
+        sides = (("ohem_kept", self.ohem_kept), ("window", self.window), ("stride", self.stride))
+        for name, number in sides:
+            if number is not None:
+                whole(name, number, 1)
         if self.stride is not None and (self.window is None or self.stride > self.window):
             raise InputError(
                 f"stride is the step of a window, and at most as long; got stride={self.stride!r}, "
