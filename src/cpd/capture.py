@@ -8,6 +8,7 @@ on the type of the inputs is found by running once more in float64.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -178,6 +179,7 @@ class _Known:
     ) -> None:
         self.mode, self.env, self.dtypes = mode, env, dtypes
         self.left = iter(children)
+        self.relied: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # of one size in an axis
 
     def __call__(self, path: str, args: Any, kwargs: Any) -> Any:
         """Return the outputs of the next call of a child, or None where they are not known."""
@@ -187,12 +189,16 @@ class _Known:
             return None
         given = tensors_in((args, kwargs))
         leaves: list[Any] = []
+        self.relied = []
         axes_of = zip(found.first.leaves, found.varying, found.batch, strict=True)
         for leaf, axes, batch in axes_of:
             if isinstance(leaf, torch.Tensor):
-                leaves.append(self._tensor(leaf, axes, self._batch(leaf, batch, given)))
+                known = self._batch(leaf, batch, given)
+                leaves.append(self._tensor(leaf, axes, known))
                 if leaves[-1] is None:
+                    self.relied = []
                     return None
+                self.relied += [(leaves[-1], given[0], axis) for axis in known]
             elif isinstance(leaf, tuple):
                 leaves.append(given[leaf[0]])
             else:
@@ -202,7 +208,7 @@ class _Known:
     def _batch(
         self, leaf: torch.Tensor, batch: tuple[bool, ...], given: list[torch.Tensor]
     ) -> dict[int, torch.SymInt]:
-        """Return the axes that are the batch of what a child was given: the code relies on it."""
+        """Return the axes that are the batch of what a child was given, as far as it was seen."""
         found: dict[int, torch.SymInt] = {}
         like = given[0].shape if len(given) == 1 else ()
         for axis, (is_batch, mine, theirs) in enumerate(zip(batch, leaf.shape, like, strict=False)):
@@ -253,10 +259,24 @@ def _leaf_calls(module: nn.Module, known: _Known) -> Iterator[None]:
             inside = False
         given, named = pytree.tree_map(lambda x: _proxy(mode.tracer, x), (args, kwargs))
         proxy = mode.tracer.create_proxy("call_function", child, (paths[id(self)], *given), named)
-        return proxy_tensor.track_tensor_tree(out, proxy, constant=None, tracer=mode.tracer)
+        out = proxy_tensor.track_tensor_tree(out, proxy, constant=None, tracer=mode.tracer)
+        for made, like, axis in known.relied:
+            _check_same(mode.tracer, made, like, axis)
+        known.relied = []
+        return out
 
     with patch.object(nn.Module, "__call__", call):
         yield
+
+
+def _check_same(tracer: Any, a: torch.Tensor, b: torch.Tensor, axis: int) -> None:
+    """Let the forward check that two tensors have one size, which was not asked for."""
+    read = torch.ops.aten.sym_size.int
+    sizes = [
+        tracer.create_proxy("call_function", read, (_proxy(tracer, x), axis), {}) for x in (a, b)
+    ]
+    same = tracer.create_proxy("call_function", operator.eq, tuple(sizes), {})
+    tracer.create_proxy("call_function", torch._check, (same,), {})
 
 
 def _proxy(tracer: Any, value: Any) -> Any:

@@ -325,7 +325,7 @@ def _target(op: str) -> Any:
 def allowed(target: Any) -> bool:
     """Say whether a forward may call an operator: those that comb knows, and shape queries."""
     name = target._schema.name.split("::")[-1]
-    return (
+    return name != "item" and (
         name.startswith("sym_")
         or torch.Tag.pointwise in target.tags
         or find(name) is not None

@@ -17,7 +17,7 @@ from .errors import CPDError
 from .forward import Data, Forward, encode
 from .graph import Step
 from .labels import Labels, Mask, axis_size
-from .partners import Pair, agree, apart, name_of
+from .partners import Pair, agree, apart, name_of, none_left
 from .rules import Size
 
 Place = tuple[str, int, str, int | None]
@@ -58,8 +58,10 @@ def matched(forward: Forward, steps: list[Step]) -> tuple[dict[Place, Literal], 
     """
     rigid: list[Size] = []
     places: dict[Place, Literal] = {}
-    graph = forward.graphs["eval"]
+    factors = Factors(forward)
+    graph, train = forward.graphs["eval"], forward.graphs["train"]
     training = in_training(forward)
+    none_left(train, set(training.values()))
     for number, step in partners(graph, steps):
         for size in step.sizes:
             place = _place("eval", number, step, size)
@@ -67,22 +69,19 @@ def matched(forward: Forward, steps: list[Step]) -> tuple[dict[Place, Literal], 
             if held == -1:
                 continue
             if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
-                if not _inferred(graph[number], place):
-                    place, held = _factor(graph, held["node"])
-                    places.setdefault(place, Literal(held)).sizes.append(size)
-                elif not _inferred(forward.graphs["train"][_number(training, number)], place):
-                    raise Uncapturable("its forward in training is another one")
-                continue
-            if held != size.old:
+                twin = ("train", _number(training, number), *place[2:])
+                if not (_inferred(graph[number], place) and _inferred(train[twin[1]], twin)):
+                    factors.add([place, twin], size)
+            elif held != size.old:
                 rigid.append(size)
-                continue
-            places.setdefault(place, Literal(held)).sizes.append(size)
+            else:
+                places.setdefault(place, Literal(held)).sizes.append(size)
     for place, literal in list(places.items()):
         number = _number(training, place[1])
-        if _held(forward.graphs["train"][number], place) != literal.old:
+        if _held(train[number], place) != literal.old:
             raise Uncapturable("its forward in training is another one")
         places["train", number, place[2], place[3]] = literal
-    return places, rigid
+    return places | factors.places(), rigid
 
 
 def in_training(forward: Forward) -> dict[int, int]:
@@ -163,21 +162,84 @@ def _inferred(node: Data, place: Place) -> bool:
     return bool(sizes[entry] == -1)
 
 
-def _factor(graph: list[Data], name: str) -> tuple[Place, int]:
-    """Return the only number in a product (`batch * heads`), and where it is."""
+class Factors:
+    """The numbers in products that stand in shapes (`batch * heads`).
+
+    Where a product stands in anything else it cannot change: it would be computed with.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.found: dict[Place, Literal] = {}
+        self.shapes: dict[Place, set[tuple[int, int | None]]] = {}
+
+    def add(self, places: list[Place], size: Size) -> None:
+        """Take the product at each of `places` for a size."""
+        olds = set()
+        for mode, number, argument, entry in places:
+            graph = self.forward.graphs[mode]
+            held = _held(graph[number], (mode, number, argument, entry))
+            if not isinstance(held, dict):
+                raise Uncapturable("its forward in training is another one")
+            place, old = _factor(mode, graph, held["node"])
+            self.found.setdefault(place, Literal(old)).sizes.append(size)
+            self.shapes.setdefault(place, set()).add((number, entry))
+            olds.add(old)
+        if len(olds) > 1:
+            raise Uncapturable("its forward in training is another one")
+
+    def places(self) -> dict[Place, Literal]:
+        """Return them. Raises `Uncapturable` where one stands in anything but these shapes."""
+        for mode, number, _, _ in self.found:
+            graph = self.forward.graphs[mode]
+            shapes = set().union(*(self.shapes[x] for x in self.found if x[0] == mode))
+            products = [graph[number]["name"]]
+            for name in products:  # it grows
+                for k, user in enumerate(graph):
+                    if user["op"] == "mul" and name in _names(user):
+                        products.append(user["name"])
+                    elif user["op"] not in ("eq", "ne") and not _uses(user, name) <= {
+                        entry for at, entry in shapes if at == k
+                    }:
+                        raise Uncapturable("its code computes with a size that would change")
+        return self.found
+
+
+def _factor(mode: str, graph: list[Data], name: str) -> tuple[Place, int]:
+    """Return the only number in a product, and where it is."""
     numbers = {node["name"]: k for k, node in enumerate(graph)}
     found: list[tuple[Place, int]] = []
-    left = [name]
-    for at in left:  # it grows
+    products = [name]
+    for at in products:  # it grows
         node = graph[numbers[at]]
         for k, x in enumerate(node["args"]["list"] if node["op"] == "mul" else ()):
             if isinstance(x, dict):
-                left.append(x["node"])
+                products.append(x["node"])
             else:
-                found.append((("eval", numbers[at], str(k), None), x))
+                found.append(((mode, numbers[at], str(k), None), x))
     if len(found) != 1:
         raise Uncapturable("two axes of one shape are computed from the inputs")
     return found[0]
+
+
+def _uses(node: Data, name: str) -> set[int | None]:
+    """Return the entries of a call's lists at which another stands; None for anywhere else."""
+    found: set[int | None] = set()
+    for value in (*node["args"]["list"], *node["kwargs"]["dict"].values()):
+        parts = value.get("list", value.get("tuple")) if isinstance(value, dict) else None
+        if parts is not None:
+            found |= {k for k, x in enumerate(parts) if name in _names(x)}
+        elif name in _names(value):
+            found.add(None)
+    return found
+
+
+def _names(value: Any) -> set[str]:
+    """Return the names of the calls in arguments."""
+    if isinstance(value, dict):
+        inside = set().union(*map(_names, value.values()))
+        return inside | ({value["node"]} if isinstance(value.get("node"), str) else set())
+    return set().union(*map(_names, value)) if isinstance(value, list | tuple) else set()
 
 
 def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, int]]:

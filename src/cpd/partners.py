@@ -58,7 +58,7 @@ def apart(graph: list[Data], steps: list[Step]) -> list[Pair]:
     known = [step for step in steps if name_of(step) is not None]
     pairs = [(numbers[a], known[b]) for a, b in _longest(graph, numbers, known)]
     _read_alike(graph, pairs)
-    _none_left(graph, {number for number, _ in pairs})
+    none_left(graph, {number for number, _ in pairs})
     return pairs
 
 
@@ -132,7 +132,7 @@ def _read(held: Any, given: Any) -> Iterator[tuple[str, str]]:
             yield from _read(a, b)
 
 
-def _none_left(graph: list[Data], paired: set[int]) -> None:
+def none_left(graph: list[Data], paired: set[int]) -> None:
     """Refuse a call without a partner that holds a number which may be a size."""
     operators = {call["name"]: call["op"] for call in graph}
     for number, call in enumerate(graph):

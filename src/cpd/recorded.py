@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .surgery import rebuild, share
 from .trace import Trace, named_tensors, quiet_state
 
 Mode = AbstractContextManager[Any]
+_SHORT = 4
 Runs = dict[str, tuple[list[Data], list[list[Made]]]]
 
 
@@ -32,8 +34,9 @@ class Recorded:
 
     def __init__(self, model: nn.Module, trace: Trace, paths: list[str]) -> None:
         self.model, self.paths = model, paths
-        self.args, self.kwargs, self.batch = trace.args, trace.kwargs, trace.batch
-        self.on_values = False
+        self.args, self.kwargs = trace.args, trace.kwargs
+        self.batch = _batch(self.args, self.kwargs)
+        self.on_values, self.one_length = False, True
         self.why_not: dict[str, str] = {}
         self.children: dict[str, list[list[Made]]] = {}
         self.batches: dict[str, list[int]] = {}  # of the network, in these
@@ -41,51 +44,54 @@ class Recorded:
     @cached_property
     def calls(self) -> dict[str, list[Data]]:
         """Path -> calls; nothing where the model runs nowhere."""
-        run, times, first, other = self._two_batches()
-        if not first:
+        run, runs = self._two_batches()
+        if not runs:
             return {}
+        first = runs[0][1]
         calls: dict[str, list[Data]] = {path: [] for path in first}
         self.children = {path: [] for path in first}
         self.batches = {path: [] for path in first}
+        uneven: set[str] = set()
 
-        def add(found: Runs, times: int) -> bool:
+        def add(batch: int, found: Runs) -> bool:
             for path, (given, made) in found.items():
-                if len(given) == len(first[path][0]):
-                    calls[path] += given
-                    self.children[path] += made
-                    self.batches[path] += [times * self.batch] * len(made)
+                if len(given) != len(first[path][0]):
+                    uneven.add(path)  # which of them is which call?
+                    continue
+                calls[path] += given
+                self.children[path] += made
+                self.batches[path] += [batch] * len(made)
             return bool(found)
 
-        add(first, times)
-        add(other, 3)
-        if not self.on_values:
-            self._lengthen(lambda axes: add(run(2, axes), 2))
-        for path in other:
-            if len(other[path][0]) != len(first[path][0]):  # which of them is which call?
-                self.why_not[path], calls[path] = "the batch decides how often it is called", []
+        for batch, found in runs:
+            add(batch, found)
+        batch = runs[0][0]
+        varied = self._lengthen(lambda axes, longer: add(batch, run(batch, axes, longer)))
+        self.one_length = not varied
+        for path in uneven:
+            self.why_not[path], calls[path] = "its inputs decide how often it is called", []
         return calls
 
-    def _two_batches(self) -> tuple[Callable[..., Runs], int, Runs, Runs]:
-        """Return a function that runs the network, and its runs at one batch (so many times the
-        traced one) and at another.
+    def _two_batches(self) -> tuple[Callable[..., Runs], list[tuple[int, Runs]]]:
+        """Return a function that runs the network, and its runs at two batches, each with its own.
 
         Without values one batch alone tells nothing: there the network may live on what it has
         kept since it was traced (boxes of a detector, say), and the batch would be a constant.
         """
-        first, times, device = dict[str, Any](), 2, "meta"
+        runs: list[tuple[int, Runs]] = []
         for model, device, mode in self._ways():
             run = partial(self._run, model, device, mode)
-            first, times = run(2), 2
-            if not first:
-                first, times = run(1), 1
-            other = run(3) if first else {}
-            if other:
-                break
-        self.on_values = device != "meta"
-        if first and not (other or self.on_values):
+            batches = dict.fromkeys((2 * self.batch, 3 * self.batch, self.batch, 1))
+            tried = ((k, run(k)) for k in batches)
+            found = [*islice(((k, made) for k, made in tried if made), 2)]
+            if len(found) > 1 or (found and device == "cpu"):
+                self.on_values = device == "cpu"
+                return run, found
+            runs = runs or found
+        if runs:
             why = "without values the network runs at one batch alone"
-            self.why_not, first = dict.fromkeys(first, why), {}
-        return run, times, first, other
+            self.why_not = dict.fromkeys(runs[0][1], why)
+        return run, []
 
     def _ways(self) -> Iterator[tuple[nn.Module, str, Mode]]:
         """Yield where the network may run: on the meta device, and on its values if it has any."""
@@ -96,22 +102,16 @@ class Recorded:
             yield share(self.model), "cpu", nullcontext()
 
     def _run(
-        self, model: nn.Module, device: str, mode: Mode, batch: int, axes: tuple[int, ...] = ()
+        self,
+        model: nn.Module,
+        device: str,
+        mode: Mode,
+        batch: int,
+        axes: tuple[int, ...] = (),
+        longer: bool = True,
     ) -> Runs:
-        return _runs(model, self.paths, mode, *self._varied(device, batch, axes))
-
-    @cached_property
-    def longer(self) -> dict[str, list[Data]]:
-        """Path -> calls with longer inputs, where `calls` has none: it takes its time on values."""
-        calls: dict[str, list[Data]] = {}
-
-        def vary(axes: tuple[int, ...]) -> bool:
-            found = _runs(self.model, self.paths, nullcontext(), *self._varied("cpu", 2, axes))
-            return _add(calls, found)
-
-        if self.on_values:
-            self._lengthen(vary)
-        return calls
+        given = _varied(self.args, self.kwargs, device, batch, axes, longer=longer)
+        return _runs(model, self.paths, mode, *given)
 
     @cached_property
     def traced(self) -> dict[str, list[Data]]:
@@ -120,36 +120,35 @@ class Recorded:
         model = _copy_in(self.model, mode)
         calls: dict[str, list[Data]] = {}
 
-        def vary(batch: int, axes: tuple[int, ...]) -> bool:
-            given = self._varied("cpu", batch, axes)
+        def vary(batch: int, axes: tuple[int, ...], longer: bool = True) -> bool:
+            given = _varied(self.args, self.kwargs, "cpu", batch, axes, longer=longer)
             fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, given)
-            return _add(calls, _runs(model, self.paths, mode, *fake))
+            found = _runs(model, self.paths, mode, *fake)
+            for path, (made, _) in found.items():
+                calls.setdefault(path, []).extend(made)
+            return bool(found)
 
-        if vary(2, ()):
-            vary(3, ())
-            self._lengthen(partial(vary, 2))
+        if vary(2 * self.batch, ()):
+            vary(3 * self.batch, ())
+            self._lengthen(partial(vary, 2 * self.batch))
         return calls
 
-    def _lengthen(self, vary: Callable[[tuple[int, ...]], bool]) -> None:
-        """Vary all axes but the batch's at once, or one by one where that fails."""
-        if not vary(self._axes):
-            for axis in self._axes if len(self._axes) > 1 else ():
-                vary((axis,))
+    def _lengthen(self, vary: Callable[[tuple[int, ...], bool], bool]) -> bool:
+        """Vary all axes but the batch's at once, or one by one where that fails; where they cannot
+        be longer, they may be shorter. Say whether any could be.
+        """
+        if vary(self._axes, True) or vary(self._axes, False):
+            return True
+        found = [
+            vary((axis,), True) or vary((axis,), False) for axis in self._axes[1:] and self._axes
+        ]
+        return any(found)
 
     @property
     def _axes(self) -> tuple[int, ...]:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         ranks = [x.ndim for x in leaves if isinstance(x, torch.Tensor)]
         return tuple(range(1, max(ranks, default=1)))
-
-    def _varied(self, device: str, batch: int, axes: tuple[int, ...] = ()) -> tuple[Any, Any]:
-        return _varied(self.args, self.kwargs, device, batch, axes)
-
-
-def _add(calls: dict[str, list[Data]], found: dict[str, tuple[list[Data], Any]]) -> bool:
-    for path, (given, _) in found.items():
-        calls.setdefault(path, []).extend(given)
-    return bool(found)
 
 
 def _copy_in(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
@@ -186,19 +185,33 @@ def _runs(model: nn.Module, paths: list[str], mode: Mode, args: Any, kwargs: Any
 
 
 def _varied(
-    args: Any, kwargs: Any, device: str, batch: int, axes: tuple[int, ...] = ()
+    args: Any,
+    kwargs: Any,
+    device: str,
+    batch: int,
+    axes: tuple[int, ...] = (),
+    *,
+    longer: bool,
 ) -> tuple[Any, Any]:
-    """Return the inputs with `batch` times the batch, and twice as long along `axes`; a short axis
-    is that of an image's channels, and stays.
+    """Return the inputs with another batch, and twice as long along `axes`, or half as long; a
+    short axis is that of an image's channels, and stays.
     """
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    size = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+    size = _batch(args, kwargs)
 
     def vary(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.ndim:
             return value
-        times = [batch if value.shape[0] == size else 1]
-        times += [2 if k in axes and n > 4 else 1 for k, n in enumerate(value.shape[1:], 1)]
-        return value.to(device).repeat(times)
+        shape = [*value.shape]
+        shape[0] = batch if shape[0] == size else shape[0]
+        for axis in (k for k in axes if k < value.ndim and shape[k] > _SHORT):
+            shape[axis] = 2 * shape[axis] if longer else shape[axis] // 2
+        times = [-(-a // b) if b else 1 for a, b in zip(shape, value.shape, strict=True)]
+        return value.to(device).repeat(times)[tuple(slice(0, n) for n in shape)].contiguous()
 
     return pytree.tree_map(vary, (args, kwargs))
+
+
+def _batch(args: Any, kwargs: Any) -> int:
+    """Return the size of the first axis of the first tensor; 0 where there is none."""
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    return tensors[0].shape[0] if tensors and tensors[0].ndim else 0

@@ -152,10 +152,9 @@ class Replacements:
         """Return the forward of a module that takes another way while it is traced: where it is
         then called in another form, it can be called in both.
         """
-        longer = self._recorded.longer.get(path, [])
-        if self._recorded.on_values and not longer:
+        if self._recorded.on_values and self._recorded.one_length:
             raise Uncapturable("it runs with inputs of one length alone")
-        made = self._matched(path, self._capture(module, calls + longer, []))
+        made = self._matched(path, self._capture(module, calls, []))
         traced = self._recorded.traced.get(path, [])
         if not traced or str(leaves_of(traced[0])[1]) == str(leaves_of(calls[0])[1]):
             return made

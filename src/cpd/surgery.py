@@ -181,8 +181,8 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         value = value.detach()  # computed from parameters, and again in every forward
     if kind is dict or kind is OrderedDict:
         return kind([(_copy(key, memo), _copy(item, memo)) for key, item in value.items()])
-    if kind is set and not value:
-        return set()  # of names of buffers: every module has one
+    if kind is set and not value:  # of names of buffers: every module has one
+        return memo.setdefault(id(value), set())
     if not isinstance(value, nn.Module) or _copies_itself(kind):
         return copy.deepcopy(value, memo)
     result: Any = object.__new__(kind)

@@ -255,7 +255,10 @@ def _one_sample(
         pairs = zip(alone, whole, strict=True)
         if any(_difference(a, b[:1]) > _limit(a.dtype) for a, b in pairs):
             return {}  # the original's samples depend on each other
-    result = _run(small, one_args, one_kwargs)
+    try:
+        result = _run(small, one_args, one_kwargs)
+    except Exception as error:  # noqa: BLE001 - a forward that fails is the finding
+        return {f"batch of 1: {type(error).__name__}: {error}"[:200]: float("nan")}
     pairs = zip(result, got, strict=True)
     return {"batch of 1": max(_difference(a, b[:1]) for a, b in pairs)}
 
