@@ -180,7 +180,7 @@ class Replacements:
 
     def _capture(self, module: nn.Module, calls: list[Data], children: list[Returned]) -> Forward:
         """Capture a forward once for all modules that have the same code and numbers."""
-        key = _key(module, calls)
+        key = (_key(module, calls), bool(children))
         if key not in self._captured:
             try:
                 self._captured[key] = capture(module, calls, children)
