@@ -62,20 +62,19 @@ def matched(forward: Forward, steps: list[Step]) -> tuple[dict[Place, Literal], 
     graph, train = forward.graphs["eval"], forward.graphs["train"]
     training = in_training(forward)
     none_left(train, set(training.values()))
-    for number, step in partners(graph, steps):
-        for size in step.sizes:
-            place = _place("eval", number, step, size)
-            held = _held(graph[number], place)
-            if held == -1:
-                continue
-            if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
-                twin = ("train", _number(training, number), *place[2:])
-                if not (_inferred(graph[number], place) and _inferred(train[twin[1]], twin)):
-                    factors.add([place, twin], size)
-            elif held != size.old:
-                rigid.append(size)
-            else:
-                places.setdefault(place, Literal(held)).sizes.append(size)
+    for number, step, size in ((k, x, size) for k, x in partners(graph, steps) for size in x.sizes):
+        place = _place("eval", number, step, size)
+        held = _held(graph[number], place)
+        if held == -1:
+            continue
+        if isinstance(held, dict) and graph[number]["op"].split(".")[1] in _SHAPED:
+            twin = ("train", _number(training, number), *place[2:])
+            if not (_inferred(graph[number], place) and _inferred(train[twin[1]], twin)):
+                factors.add([place, twin], size)
+        elif held != size.old:
+            rigid.append(size)
+        else:
+            places.setdefault(place, Literal(held)).sizes.append(size)
     for place, literal in list(places.items()):
         number = _number(training, place[1])
         if _held(train[number], place) != literal.old:
@@ -191,18 +190,25 @@ class Factors:
     def places(self) -> dict[Place, Literal]:
         """Return them. Raises `Uncapturable` where one stands in anything but these shapes."""
         for mode, number, _, _ in self.found:
-            graph = self.forward.graphs[mode]
             shapes = set().union(*(self.shapes[x] for x in self.found if x[0] == mode))
-            products = [graph[number]["name"]]
-            for name in products:  # it grows
-                for k, user in enumerate(graph):
-                    if user["op"] == "mul" and name in _names(user):
-                        products.append(user["name"])
-                    elif user["op"] not in ("eq", "ne") and not _uses(user, name) <= {
-                        entry for at, entry in shapes if at == k
-                    }:
-                        raise Uncapturable("its code computes with a size that would change")
+            if _stands_elsewhere(self.forward.graphs[mode], number, shapes):
+                raise Uncapturable("its code computes with a size that would change")
         return self.found
+
+
+def _stands_elsewhere(graph: list[Data], number: int, shapes: set[tuple[int, int | None]]) -> bool:
+    """Whether anything but entries of shapes, and comparisons, is given a product or a product of
+    it.
+    """
+    products = [graph[number]["name"]]
+    for name in products:  # it grows
+        for k, user in enumerate(graph):
+            entries = {entry for at, entry in shapes if at == k}
+            if user["op"] == "mul" and name in _names(user):
+                products.append(user["name"])
+            elif user["op"] not in ("eq", "ne") and not _uses(user, name) <= entries:
+                return True
+    return False
 
 
 def _factor(mode: str, graph: list[Data], name: str) -> tuple[Place, int]:
