@@ -9,6 +9,7 @@ on the type of the inputs is found by running once more in float64.
 from __future__ import annotations
 
 import operator
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -104,8 +105,12 @@ def _graph(
         ]
         return flat
 
+    drawn = random.getstate()
     with fake, torch.no_grad():
         traced = _made(run, tensors, plain, inputs)
+    if random.getstate() != drawn:
+        random.setstate(drawn)
+        raise Uncapturable("it draws random numbers of Python")
     _name_inputs(traced, [*tensors, *plain])
     _constants(traced)
     if env.refused:

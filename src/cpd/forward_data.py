@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import fx
 
 from .calls import Uncapturable
 from .forward import Data, encode, op_name
+
+Alike = Callable[[str, Any], bool]
 
 
 class Apart(Uncapturable):
@@ -28,6 +31,7 @@ def data_of(single: fx.Graph, double: fx.Graph, *, flags_of_second: bool = False
     they differ in more.
     """
     twins = _twins(single, double)
+    same = _Same(single, double, twins)
     inputs = [n for n in single.nodes if n.op == "placeholder" and "tensor" not in n.meta]
     first = next((n for n in inputs if _floating(n)), None)
     made: list[Data] = []
@@ -41,7 +45,7 @@ def data_of(single: fx.Graph, double: fx.Graph, *, flags_of_second: bool = False
             if node is inputs[-1]:
                 made += [_call(name, kind, [first]) for kind, name in follows.items()]
         else:
-            made.append(_node(node, twins.get(node, node), follows, flags_of_second))
+            made.append(_node(node, twins.get(node, node), follows, flags_of_second, same))
     return _without_unused(made)
 
 
@@ -83,10 +87,48 @@ def _call(name: str, op: str, args: list[Any], kwargs: Data | None = None) -> Da
     return {"name": name, "op": op, "args": encode(args), "kwargs": encode(kwargs or {})}
 
 
-def _node(a: fx.Node, b: fx.Node, follows: dict[str, str], flags_of_second: bool) -> Data:
+class _Same:
+    """Says whether what two runs give to a call is the same: calls that are twins, or one size."""
+
+    def __init__(self, single: fx.Graph, double: fx.Graph, twins: dict[fx.Node, fx.Node]) -> None:
+        self.single, self.double = ({n.name: n for n in graph.nodes} for graph in (single, double))
+        self.twins = twins
+
+    def __call__(self, name: str, other: Any) -> bool:
+        mine = _whole(self.single[name])
+        theirs = _whole(self.double[other["node"]]) if isinstance(other, dict) else other
+        if mine in self.twins:
+            return self.twins[mine] is theirs
+        return _hint(mine) == _hint(theirs)
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """Return what a slice of all, or an alias, shows."""
+    while _counts(node) and _tensor_of(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _tensor_of(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _hint(value: Any) -> Any:
+    """Return the number at hand of a size, given as a number or as the call that computes it."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+
+def _node(
+    a: fx.Node, b: fx.Node, follows: dict[str, str], flags_of_second: bool, same: _Same
+) -> Data:
+    alike: Alike = (
+        same if a is not b else lambda *_: True
+    )  # sizes are looked at where they are used
     try:
         args, kwargs = (
-            _merged(encode(x), encode(y), follows, flags_of_second)
+            _merged(encode(x), encode(y), follows, flags_of_second, alike)
             for x, y in ((list(a.args), list(b.args)), (dict(a.kwargs), dict(b.kwargs)))
         )
     except TypeError as error:
@@ -103,9 +145,13 @@ def _node(a: fx.Node, b: fx.Node, follows: dict[str, str], flags_of_second: bool
     return {"name": a.name, "op": op, "args": args, "kwargs": kwargs}
 
 
-def _merged(single: Any, double: Any, follows: dict[str, str], flags_of_second: bool) -> Any:
+def _merged(
+    single: Any, double: Any, follows: dict[str, str], flags_of_second: bool, same: Alike
+) -> Any:
     """Let a type that changed with the inputs', and every device, be the inputs'."""
     if isinstance(single, dict) and isinstance(single.get("node"), str):
+        if not same(single["node"], double):
+            raise Apart("what it computes with depends on the type of its inputs")
         return single  # a size that is a number in the other run, or the same call
     for kind in ("dtype", "device") if isinstance(single, dict) else ():
         if isinstance(single.get(kind), str) and (kind == "device" or single != double):
@@ -117,17 +163,19 @@ def _merged(single: Any, double: Any, follows: dict[str, str], flags_of_second: 
     if type(single) is not type(double):
         raise Apart("a value depends on the type of its inputs")
     if isinstance(single, dict | list):
-        return _merged_parts(single, double, follows, flags_of_second)
+        return _merged_parts(single, double, follows, flags_of_second, same)
     if single != double:
         raise Apart("a number depends on the type of its inputs")
     return single
 
 
-def _merged_parts(single: Any, double: Any, follows: dict[str, str], flags_of_second: bool) -> Any:
+def _merged_parts(
+    single: Any, double: Any, follows: dict[str, str], flags_of_second: bool, same: Alike
+) -> Any:
     keys, others = (x.keys() if isinstance(x, dict) else range(len(x)) for x in (single, double))
     if keys != others:
         raise Apart("its arguments depend on the type of its inputs")
-    parts = [_merged(single[k], double[k], follows, flags_of_second) for k in keys]
+    parts = [_merged(single[k], double[k], follows, flags_of_second, same) for k in keys]
     return dict(zip(keys, parts, strict=True)) if isinstance(single, dict) else parts
 
 

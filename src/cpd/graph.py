@@ -294,7 +294,12 @@ def _carry(call: Call) -> bool:
 
 
 def _shape(value: torch.Tensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in value.shape)
+    try:
+        return tuple(int(size) for size in value.shape)
+    except Exception as error:  # symbols that values decide
+        raise TraceError(
+            "a tensor's size depends on values (a boolean index, say). Comb a submodule without it."
+        ) from error
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

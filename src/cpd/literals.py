@@ -197,16 +197,14 @@ class Factors:
 
 
 def _stands_elsewhere(graph: list[Data], number: int, shapes: set[tuple[int, int | None]]) -> bool:
-    """Whether anything but entries of shapes, and comparisons, is given a product or a product of
-    it.
-    """
+    """Whether anything but entries of shapes is given a product, or a product of it."""
     products = [graph[number]["name"]]
     for name in products:  # it grows
         for k, user in enumerate(graph):
             entries = {entry for at, entry in shapes if at == k}
             if user["op"] == "mul" and name in _names(user):
                 products.append(user["name"])
-            elif user["op"] not in ("eq", "ne") and not _uses(user, name) <= entries:
+            elif not _uses(user, name) <= entries:
                 return True
     return False
 
@@ -260,4 +258,8 @@ def scales_of(forward: Forward, steps: list[Step]) -> dict[Place, tuple[Labels, 
     training = in_training(forward)
     for (_, number, _, _), value in list(found.items()):
         found["train", _number(training, number), "scale", None] = value
+    paired = set(training.values())
+    for number, node in enumerate(forward.graphs["train"]):
+        if number not in paired and "attention" in node["op"]:
+            raise Uncapturable("its forward in training is another one")
     return found

@@ -134,11 +134,11 @@ def _read(held: Any, given: Any) -> Iterator[tuple[str, str]]:
 
 def none_left(graph: list[Data], paired: set[int]) -> None:
     """Refuse a call without a partner that holds a number which may be a size."""
-    operators = {call["name"]: call["op"] for call in graph}
+    products = _products(graph)
     for number, call in enumerate(graph):
         if number in paired or call["op"] in _NO_SIZES:
             continue
-        if any(_may_be_size(x, operators) for x in _numbers(call)):
+        if any(_may_be_size(x, products) for x in _numbers(call)):
             raise Uncapturable(
                 f"its trace does not say what the numbers of {call['op']} in its code stand for"
             )
@@ -163,14 +163,30 @@ def _numbers(call: Data) -> Iterator[Any]:
         yield given[position] if position < len(given) else named.get(argument.name)
 
 
-def _may_be_size(value: Any, operators: dict[str, str]) -> bool:
+def _products(graph: list[Data]) -> set[str]:
+    """Return the calls that compute a size from a product with a number, which may be one of
+    channels or heads. Sums and parts of what is read from tensors are lengths.
+    """
+    found: set[str] = set()
+    for call in graph:
+        if "." in call["op"] or call["op"] in (*_NO_SIZES, "child", "getitem"):
+            continue
+        parts = call["args"]["list"]
+        inside = {x["node"] for x in parts if isinstance(x, dict) and "node" in x}
+        numbers = [x for x in parts if isinstance(x, int) and not isinstance(x, bool)]
+        if inside & found or (numbers and call["op"] in ("mul", "pow")):
+            found.add(call["name"])
+    return found
+
+
+def _may_be_size(value: Any, products: set[str]) -> bool:
     """Say whether a number may have to change with the channels: not where it is left to PyTorch
-    (-1), takes all, is the first place, or is read from a tensor.
+    (-1), takes all, is the first place, or is a length that is read from a tensor.
     """
     if isinstance(value, dict) and "node" in value:
-        return operators[value["node"]] != "aten.sym_size.int"
+        return value["node"] in products
     if isinstance(value, dict):
         return any(
-            x not in (-1, 1) and _may_be_size(x, operators) for x in next(iter(value.values()))
+            x not in (-1, 1) and _may_be_size(x, products) for x in next(iter(value.values()))
         )
     return isinstance(value, int) and not isinstance(value, bool) and value not in (0, _WHOLE)

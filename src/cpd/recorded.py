@@ -18,13 +18,14 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .calls import Made, record
+from .calls import Made, Uncapturable, leaves_of, record
 from .forward import Data
 from .on_meta import OnMeta
 from .surgery import rebuild, share
 from .trace import Trace, named_tensors, quiet_state
 
 Mode = AbstractContextManager[Any]
+Which = Callable[[int, int], bool]  # (axis, its size): whether it varies
 _SHORT = 4
 Runs = dict[str, tuple[list[Data], list[list[Made]]]]
 
@@ -58,7 +59,7 @@ class Recorded:
                 if len(given) != len(first[path][0]):
                     uneven.add(path)  # which of them is which call?
                     continue
-                calls[path] += given
+                calls[path] += [call for call in given if _alike(call, first[path][0])]
                 self.children[path] += made
                 self.batches[path] += [batch] * len(made)
             return bool(found)
@@ -66,7 +67,7 @@ class Recorded:
         for batch, found in runs:
             add(batch, found)
         batch = runs[0][0]
-        varied = self._lengthen(lambda axes, longer: add(batch, run(batch, axes, longer)))
+        varied = self._lengthen(lambda which, longer: add(batch, run(batch, which, longer)))
         self.one_length = not varied
         for path in uneven:
             self.why_not[path], calls[path] = "its inputs decide how often it is called", []
@@ -86,7 +87,8 @@ class Recorded:
             found = [*islice(((k, made) for k, made in tried if made), 2)]
             if len(found) > 1 or (found and device == "cpu"):
                 self.on_values = device == "cpu"
-                return run, found
+                alone = run(1) if all(k > 1 for k, _ in found) else {}
+                return run, found + ([(1, alone)] if alone else [])
             runs = runs or found
         if runs:
             why = "without values the network runs at one batch alone"
@@ -107,10 +109,10 @@ class Recorded:
         device: str,
         mode: Mode,
         batch: int,
-        axes: tuple[int, ...] = (),
+        which: Which | None = None,
         longer: bool = True,
     ) -> Runs:
-        given = _varied(self.args, self.kwargs, device, batch, axes, longer=longer)
+        given = _varied(self.args, self.kwargs, device, batch, which, longer=longer)
         return _runs(model, self.paths, mode, *given)
 
     @cached_property
@@ -120,35 +122,51 @@ class Recorded:
         model = _copy_in(self.model, mode)
         calls: dict[str, list[Data]] = {}
 
-        def vary(batch: int, axes: tuple[int, ...], longer: bool = True) -> bool:
-            given = _varied(self.args, self.kwargs, "cpu", batch, axes, longer=longer)
+        def vary(batch: int, which: Which | None, longer: bool = True) -> bool:
+            given = _varied(self.args, self.kwargs, "cpu", batch, which, longer=longer)
             fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, given)
             found = _runs(model, self.paths, mode, *fake)
             for path, (made, _) in found.items():
                 calls.setdefault(path, []).extend(made)
             return bool(found)
 
-        if vary(2 * self.batch, ()):
-            vary(3 * self.batch, ())
+        if vary(2 * self.batch, None):
+            vary(3 * self.batch, None)
             self._lengthen(partial(vary, 2 * self.batch))
         return calls
 
-    def _lengthen(self, vary: Callable[[tuple[int, ...], bool], bool]) -> bool:
-        """Vary all axes but the batch's at once, or one by one where that fails; where they cannot
-        be longer, they may be shorter. Say whether any could be.
+    def _lengthen(self, vary: Callable[[Which, bool], bool]) -> bool:
+        """Make all axes but the batch's longer and shorter, at once; where that fails those of one
+        length (a mask has one twice), and one by one. Say whether any could be.
         """
-        if vary(self._axes, True) or vary(self._axes, False):
+        if self._both(vary, lambda *_: True):
             return True
-        found = [
-            vary((axis,), True) or vary((axis,), False) for axis in self._axes[1:] and self._axes
-        ]
-        return any(found)
+        tensors = pytree.tree_leaves((self.args, self.kwargs))
+        shapes = [x.shape for x in tensors if isinstance(x, torch.Tensor)]
+        lengths = dict.fromkeys(size for shape in shapes for size in shape[1:] if size > _SHORT)
+        last = max(map(len, shapes), default=1)
+        ways = [*map(_of_length, lengths), *map(_of_axis, range(1, last))]
+        return sum(self._both(vary, which) for which in ways) > 0
 
-    @property
-    def _axes(self) -> tuple[int, ...]:
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        ranks = [x.ndim for x in leaves if isinstance(x, torch.Tensor)]
-        return tuple(range(1, max(ranks, default=1)))
+    def _both(self, vary: Callable[[Which, bool], bool], which: Which) -> bool:
+        longer, shorter = vary(which, True), vary(which, False)
+        return longer or shorter
+
+
+def _of_length(length: int) -> Which:
+    return lambda _, size: size == length
+
+
+def _of_axis(axis: int) -> Which:
+    return lambda at, _: at == axis
+
+
+def _alike(call: Data, calls: list[Data]) -> bool:
+    """Whether a call has the form of others: the forward is captured in one."""
+    try:
+        return str(leaves_of(call)[1]) in {str(leaves_of(other)[1]) for other in calls}
+    except Uncapturable:
+        return True  # said again where it is captured
 
 
 def _copy_in(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
@@ -185,15 +203,9 @@ def _runs(model: nn.Module, paths: list[str], mode: Mode, args: Any, kwargs: Any
 
 
 def _varied(
-    args: Any,
-    kwargs: Any,
-    device: str,
-    batch: int,
-    axes: tuple[int, ...] = (),
-    *,
-    longer: bool,
+    args: Any, kwargs: Any, device: str, batch: int, which: Which | None, *, longer: bool
 ) -> tuple[Any, Any]:
-    """Return the inputs with another batch, and twice as long along `axes`, or half as long; a
+    """Return the inputs with another batch, and twice as long along some axes, or half as long; a
     short axis is that of an image's channels, and stays.
     """
     size = _batch(args, kwargs)
@@ -202,9 +214,11 @@ def _varied(
         if not isinstance(value, torch.Tensor) or not value.ndim:
             return value
         shape = [*value.shape]
-        shape[0] = batch if shape[0] == size else shape[0]
-        for axis in (k for k in axes if k < value.ndim and shape[k] > _SHORT):
-            shape[axis] = 2 * shape[axis] if longer else shape[axis] // 2
+        for axis, n in enumerate(value.shape):
+            if axis == 0 and n == size:
+                shape[0] = batch
+            elif which is not None and n > _SHORT and which(axis, n):
+                shape[axis] = 2 * n if longer else n // 2
         times = [-(-a // b) if b else 1 for a, b in zip(shape, value.shape, strict=True)]
         return value.to(device).repeat(times)[tuple(slice(0, n) for n in shape)].contiguous()
 
