@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -386,9 +387,47 @@ class Chunked(nn.Module):
         return torch.cat([self.inner(part) for part in x.split(8, 1)], 1)
 
 
+class Asking(Folded):
+    """Branches on the number by which it folds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        folded, y = x.shape[0] * self.heads, super().forward(x)
+        y = y.reshape(folded, -1, self.dim).reshape(y.shape)
+        return 3 * y if folded == 8 else y
+
+
+class Rewired(Counted):
+    """The same operators in training, on other results and by other numbers."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x, mask)
+        z = y.tanh() / (2 * x.shape[1] if self.training else x.shape[1])
+        return y if self.training else z
+
+
+class Telling(Counted):
+    """A child tells it what to do."""
+
+    class Child(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool, int]:
+            return x[:, :8], x.shape[1] > 6, min(x.shape[0], 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = self.Child()
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x, long, least = self.child(x)
+        y = super().forward(x, mask).sum(1, keepdim=True) / x.shape[1]
+        return y * (2 if long else 1) * least
+
+
 @pytest.mark.parametrize(
     ("parts", "shapes"),
     [
+        ([Asking], [(3, 8, 6), (2, 8, 6), (4, 8, 6)]),
+        ([Telling], [(2, 8, 6), (1, 8, 6), (3, 5, 6), (2, 12, 6)]),
+        ([Meaned], [(2, 3, 6), (1, 9, 6), (3, 2, 6)]),
         ([Noisy], [(1, 8, 6), (3, 12, 6)]),
         ([Trained], [(1, 8, 6), (3, 12, 6)]),
         ([Averaged], [(1, 8, 6), (5, 12, 6)]),
@@ -407,10 +446,10 @@ def test_what_was_captured_is_right_or_says_so(
     network computes, or the error that names them.
     """
     torch.manual_seed(0)
-    first = 16 if parts == [Padded] else 2
+    example = {Padded: (16, 8, 6), Asking: (3, 8, 6), Meaned: shapes[0]}.get(parts[0], (2, 8, 6))
     model = nn.Sequential(nn.Linear(6, 24), *(part() for part in parts), nn.Linear(24, 5))
     model = without_dropout(model.double())
-    groups = cpd.comb(model, torch.randn(first, 8, 6).double())
+    groups = cpd.comb(model, torch.randn(example).double())
     scores = cpd.importance.score("random", model, groups)
     plan = cpd.choose(groups, scores, "macs=0.5", unreachable="closest")
     small, gone = cpd.cut(model, plan), zeroed(model, plan)
@@ -426,6 +465,58 @@ def test_what_was_captured_is_right_or_says_so(
             assert shape != shapes[0]
             continue
         assert torch.allclose(small.train()(x), expected, atol=1e-12), shape
+
+
+def test_training_is_another_graph_where_it_is_wired_otherwise() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), Rewired(), nn.Linear(24, 5))
+    model = without_dropout(model.double())
+    small, plan = pruned(model, torch.randn(2, 8, 6).double())
+    assert list(plan.forwards) == ["1"]
+    gone = zeroed(model, plan)
+    for shape in ((2, 8, 6), (3, 12, 6)):
+        x = torch.randn(shape, dtype=torch.float64)
+        for trains in (False, True):
+            small.train(trains), gone.train(trains)
+            torch.testing.assert_close(small(x), gone(x), rtol=1e-9, atol=1e-9)
+
+
+class Masked(nn.Module):
+    """A mask has the length twice; the output divides by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.core, self.head = nn.Linear(6, 24), Counted(), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.head(self.core(self.stem(x), mask).sum(1) / x.shape[1])
+
+
+def test_a_mask_of_the_length_leaves_it_free() -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+
+    def inputs(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(batch, length, 6), torch.randn(length, length)
+
+    small, plan = pruned(model, inputs(2, 8))
+    assert list(plan.forwards) == ["core"]
+    for batch, length in ((1, 8), (3, 5), (2, 12)):
+        assert cpd.verify(model, small, plan, inputs(batch, length))
+
+
+class Dropping(Counted):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x, mask)
+        return x if self.training and random.random() < 0.5 else y
+
+
+def test_random_numbers_of_python_are_not_written_down() -> None:
+    model = nn.Sequential(nn.Linear(6, 24), Dropping(), nn.Linear(24, 5)).eval()
+    before = random.getstate()
+    groups = cpd.comb(model, torch.randn(2, 7, 6))
+    assert random.getstate() == before
+    assert "random numbers of Python" in groups.replaced.why_not["1"]
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

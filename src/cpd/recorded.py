@@ -136,17 +136,19 @@ class Recorded:
         return calls
 
     def _lengthen(self, vary: Callable[[Which, bool], bool]) -> bool:
-        """Make all axes but the batch's longer and shorter, at once; where that fails those of one
-        length (a mask has one twice), and one by one. Say whether any could be.
+        """Make all axes but the batch's longer and shorter: the long ones at once, or where that
+        fails those of one length (a mask has one twice), and one by one; the short ones, which are
+        mostly an image's channels, by themselves. Say whether any could be.
         """
-        if self._both(vary, lambda *_: True):
-            return True
         tensors = pytree.tree_leaves((self.args, self.kwargs))
         shapes = [x.shape for x in tensors if isinstance(x, torch.Tensor)]
-        lengths = dict.fromkeys(size for shape in shapes for size in shape[1:] if size > _SHORT)
-        last = max(map(len, shapes), default=1)
-        ways = [*map(_of_length, lengths), *map(_of_axis, range(1, last))]
-        return sum(self._both(vary, which) for which in ways) > 0
+        lengths = sorted({size for shape in shapes for size in shape[1:] if size > 1})
+        ways = [_of_length(size) for size in lengths if size <= _SHORT]
+        whole = self._both(vary, lambda _, size: size > _SHORT)
+        if not whole:
+            ways += [_of_length(size) for size in lengths if size > _SHORT]
+            ways += map(_of_axis, range(1, max(map(len, shapes), default=1)))
+        return sum(self._both(vary, which) for which in ways) > 0 or whole
 
     def _both(self, vary: Callable[[Which, bool], bool], which: Which) -> bool:
         longer, shorter = vary(which, True), vary(which, False)
@@ -158,7 +160,7 @@ def _of_length(length: int) -> Which:
 
 
 def _of_axis(axis: int) -> Which:
-    return lambda at, _: at == axis
+    return lambda at, size: at == axis and size > _SHORT
 
 
 def _alike(call: Data, calls: list[Data]) -> bool:
@@ -205,9 +207,7 @@ def _runs(model: nn.Module, paths: list[str], mode: Mode, args: Any, kwargs: Any
 def _varied(
     args: Any, kwargs: Any, device: str, batch: int, which: Which | None, *, longer: bool
 ) -> tuple[Any, Any]:
-    """Return the inputs with another batch, and twice as long along some axes, or half as long; a
-    short axis is that of an image's channels, and stays.
-    """
+    """Return the inputs with another batch, and twice as long along some axes, or half as long."""
     size = _batch(args, kwargs)
 
     def vary(value: Any) -> Any:
@@ -217,7 +217,7 @@ def _varied(
         for axis, n in enumerate(value.shape):
             if axis == 0 and n == size:
                 shape[0] = batch
-            elif which is not None and n > _SHORT and which(axis, n):
+            elif which is not None and which(axis, n):
                 shape[axis] = 2 * n if longer else n // 2
         times = [-(-a // b) if b else 1 for a, b in zip(shape, value.shape, strict=True)]
         return value.to(device).repeat(times)[tuple(slice(0, n) for n in shape)].contiguous()
