@@ -118,3 +118,25 @@ def test_products_have_the_form_of_a_real_run() -> None:
     for width, other in ((5, right[:2]), (4, right)):
         with OnMeta(), pytest.raises(RuntimeError):
             torch.addmm(torch.zeros(width, device="meta"), left.to("meta"), other.to("meta"))
+
+
+class _Strided(nn.Module):
+    """Reads numbers from a tensor that it holds, and would write into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides = torch.tensor([8.0, 16.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.strides.mul_(2)
+        numbers = [float(stride) for stride in self.strides.unbind()]
+        return x.new_full((int(numbers[0]), 2), self.strides[1])
+
+
+def test_a_constant_has_a_value_and_keeps_it() -> None:
+    model = _Strided()
+    with torch.no_grad(), OnMeta():
+        out = model(torch.empty(2, device="meta"))
+    assert out.is_meta
+    assert out.shape == (8, 2)
+    assert model.strides.tolist() == [8.0, 16.0]

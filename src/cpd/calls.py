@@ -4,9 +4,10 @@ return to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from .forward import Data, bound, parameters
+
+Bound = Callable[[], Data]
 
 
 class Uncapturable(Exception):
@@ -123,17 +126,17 @@ class Made:
 
 def record(
     model: nn.Module, paths: list[str], run: Any
-) -> tuple[dict[str, list[Data]], dict[str, list[list[Made]]]]:
-    """Run a model; return what the modules at `paths` are called with, and what the children gave
-    them that they call, in order.
+) -> tuple[dict[str, list[Bound]], dict[str, list[list[Made]]]]:
+    """Run a model; return what the modules at `paths` are called with (bound when it is asked for:
+    most are not), and what the children gave them that they call, in order.
     """
-    calls: dict[str, list[Data]] = {path: [] for path in paths}
+    calls: dict[str, list[Bound]] = {path: [] for path in paths}
     made: dict[str, list[list[Made]]] = {path: [] for path in paths}
     handles = []
     for path in paths:
 
         def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            calls[path].append(bound(module, args, kwargs))
+            calls[path].append(partial(bound, module, args, kwargs))
 
         handles.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
     try:

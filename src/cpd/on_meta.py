@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _META = torch.device("meta")
+_ITEM = torch.ops.aten._local_scalar_dense.default
 _PLAIN = frozenset({
     int, float, bool, complex, str, type(None),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -39,6 +40,8 @@ class OnMeta(TorchDispatchMode):
         try:
             form = _form((args, kwargs))
         except _Elsewhere:
+            if self._reads(func) and not args[0].is_meta:
+                return func(*args, **kwargs)
             args, kwargs = pytree.tree_map_only(torch.Tensor, _moved, (args, kwargs))
             form = _form((args, kwargs))
         if kwargs.get("device") is not None:
@@ -52,6 +55,10 @@ class OnMeta(TorchDispatchMode):
             self._known[key] = _remembered(out)
             return out
         return _made(known)
+
+    def _reads(self, func: Any) -> bool:
+        """Whether an operator only shows a part of a tensor, or its value: a constant has one."""
+        return func is _ITEM or (self._aliases(func) and not func._schema.is_mutable)
 
     def _aliases(self, func: Any) -> bool:
         found = self._aliasing.get(func)

@@ -18,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .calls import Made, Uncapturable, leaves_of, record
+from .calls import Bound, Made, Uncapturable, leaves_of, record
 from .forward import Data
 from .on_meta import OnMeta
 from .surgery import rebuild, share
@@ -27,7 +27,7 @@ from .trace import Trace, named_tensors, quiet_state
 Mode = AbstractContextManager[Any]
 Which = Callable[[int, int], bool]  # (axis, its size): whether it varies
 _SHORT = 4
-Runs = dict[str, tuple[list[Data], list[list[Made]]]]
+Runs = dict[str, tuple[list[Bound], list[list[Made]]]]
 
 
 class Recorded:
@@ -39,27 +39,41 @@ class Recorded:
         self.batch = _batch(self.args, self.kwargs)
         self.on_values, self.one_length = False, True
         self.why_not: dict[str, str] = {}
+        self.often: dict[str, int] = {}  # how often each is called in a run
         self.children: dict[str, list[list[Made]]] = {}
         self.batches: dict[str, list[int]] = {}  # of the network, in these
 
+    def of(self, path: str) -> list[Data]:
+        """Return the calls of a module that have the form of those in the first run: a forward is
+        captured in one.
+        """
+        calls = [call() for call in self.calls.get(path, [])]
+        try:
+            forms = [str(leaves_of(call)[1]) for call in calls]
+        except Uncapturable:
+            return calls  # said again where it is captured
+        first = set(forms[: self.often.get(path, 0)])
+        return [call for call, form in zip(calls, forms, strict=True) if form in first]
+
     @cached_property
-    def calls(self) -> dict[str, list[Data]]:
+    def calls(self) -> dict[str, list[Bound]]:
         """Path -> calls; nothing where the model runs nowhere."""
         run, runs = self._two_batches()
         if not runs:
             return {}
         first = runs[0][1]
-        calls: dict[str, list[Data]] = {path: [] for path in first}
+        calls: dict[str, list[Bound]] = {path: [] for path in first}
+        self.often = {path: len(given) for path, (given, _) in first.items()}
         self.children = {path: [] for path in first}
         self.batches = {path: [] for path in first}
         uneven: set[str] = set()
 
         def add(batch: int, found: Runs) -> bool:
             for path, (given, made) in found.items():
-                if len(given) != len(first[path][0]):
+                if len(given) != self.often[path]:
                     uneven.add(path)  # which of them is which call?
                     continue
-                calls[path] += [call for call in given if _alike(call, first[path][0])]
+                calls[path] += given
                 self.children[path] += made
                 self.batches[path] += [batch] * len(made)
             return bool(found)
@@ -116,11 +130,11 @@ class Recorded:
         return _runs(model, self.paths, mode, *given)
 
     @cached_property
-    def traced(self) -> dict[str, list[Data]]:
+    def traced(self) -> dict[str, list[Bound]]:
         """Path -> calls of the model as it runs while it is traced; nothing where it does not."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = _copy_in(self.model, mode)
-        calls: dict[str, list[Data]] = {}
+        calls: dict[str, list[Bound]] = {}
 
         def vary(batch: int, which: Which | None, longer: bool = True) -> bool:
             given = _varied(self.args, self.kwargs, "cpu", batch, which, longer=longer)
@@ -161,14 +175,6 @@ def _of_length(length: int) -> Which:
 
 def _of_axis(axis: int) -> Which:
     return lambda at, size: at == axis and size > _SHORT
-
-
-def _alike(call: Data, calls: list[Data]) -> bool:
-    """Whether a call has the form of others: the forward is captured in one."""
-    try:
-        return str(leaves_of(call)[1]) in {str(leaves_of(other)[1]) for other in calls}
-    except Uncapturable:
-        return True  # said again where it is captured
 
 
 def _copy_in(model: nn.Module, mode: FakeTensorMode | None) -> nn.Module:

@@ -128,7 +128,7 @@ class Replacements:
         failed = self._failed.get(type(module), [])
         if failed[_ENOUGH - 1 :] and len(set(failed)) == 1:
             raise Uncapturable(failed[0])  # the same code, which takes its time
-        calls = self._recorded.calls.get(path, [])
+        calls = self._recorded.of(path)
         if not calls:
             why = self._recorded.why_not.get(path, "it is called by another way than its forward")
             raise Uncapturable(why)
@@ -155,7 +155,7 @@ class Replacements:
         if self._recorded.on_values and self._recorded.one_length:
             raise Uncapturable("it runs with inputs of one length alone")
         made = self._matched(path, self._capture(module, calls, []))
-        traced = self._recorded.traced.get(path, [])
+        traced = [call() for call in self._recorded.traced.get(path, [])]
         if not traced or str(leaves_of(traced[0])[1]) == str(leaves_of(calls[0])[1]):
             return made
         other = self._matched(path, self._capture(module, traced, []))
