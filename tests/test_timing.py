@@ -190,6 +190,28 @@ def test_what_counts_is_the_network_not_the_table(share: float) -> None:
     assert caught.value.closest["latency"] == pytest.approx(real / whole)
 
 
+@pytest.mark.parametrize("power", [0.1, 0.15, 0.2, 0.3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_search_goes_on_where_a_limit_chooses_what_was_measured(
+    power: float, seed: int
+) -> None:
+    """Of a small network most of the time is no work: what is left has to be a small part."""
+    calls = stairs(1)
+    model = net()
+    most = calls(model, X)
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        work = float(calls(module, inputs))
+        return work if isinstance(module, OneCall) else most * (work / most) ** power
+
+    groups = cpd.comb(model, X)
+    scores = random_scores(groups, seed)
+    least = cpd.choose(groups, scores, "params=0.001", unreachable="closest")
+    share = (clock(cpd.cut(model, least), X) / most + 1) / 2
+    plan = cpd.choose(groups, scores, f"latency={share}", measure=clock)
+    assert clock(cpd.cut(model, plan), X) / most == pytest.approx(share, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

@@ -20,7 +20,8 @@ from .planning import shaped
 from .table import Table, whole_inputs
 
 WITHIN = 0.03
-ROUNDS = 8
+ROUNDS = 8  # networks that are measured, at most
+NEAR = 1e-3  # limits nearer to each other than this share of the target choose the same
 NAMES = ("latency", "latency_ms")
 
 
@@ -71,35 +72,51 @@ def timed(found: Candidates, table: Table, ordered: Callable[[Candidates], Seque
     target = limit = found.allowed[place].limit
     low, high = 0.0, table.whole  # limits with which it was fast enough, and too slow
     best: Timed | None = None
-    seen: set[bytes] = set()
-    for number in range(1, ROUNDS + 1):
+    seen: dict[bytes, Timed] = {}
+    points = [(0.0, 0.0)]  # limits, and what the networks took
+    while high - low > NEAR * target:
         allowed = list(found.allowed)
         allowed[place] = replace(allowed[place], limit=limit)
         found.allowed = tuple(allowed)
         gone, met = shortest(found, found.allowed, np.asarray(ordered(found), np.int64))
         alive = found.without(gone)
-        if alive.tobytes() in seen:
-            break
-        seen.add(alive.tobytes())
-        small = shaped(found.groups, alive)
-        real = _measured(found, table, small, place)
-        if abs(real / target - 1) <= WITHIN and table.measure.clock is not None:
-            real = (real + _measured(found, table, small, place)) / 2
-        # What the table takes for too slow may be fast enough, where the other budgets hold.
-        if not met:
-            met = real <= target and _holds(found, alive, place)
-            limit = max(limit, table.count(alive[found.groups.units.label]))
-        now = Timed(gone, met, real, target, number)
+        now = seen.get(alive.tobytes())
+        again = now is not None
+        if now is None:
+            if len(seen) == ROUNDS:
+                break
+            real = _measured(found, table, shaped(found.groups, alive), place)
+            if abs(real / target - 1) <= WITHIN and table.measure.clock is not None:
+                real = (real + _measured(found, table, shaped(found.groups, alive), place)) / 2
+            # What the table takes for too slow may be fast enough, where the other budgets hold.
+            if not met:
+                met = real <= target and _holds(found, alive, place)
+                limit = max(limit, table.count(alive[found.groups.units.label]))
+            now = Timed(gone, met, real, target, len(seen) + 1)
+            seen[alive.tobytes()] = now
         best = now if best is None or now.rank < best.rank else best
-        if not met or 1 - WITHIN <= now.ratio <= 1:
+        if not now.met or 1 - WITHIN <= now.ratio <= 1:
             break
-        aim = 1 - WITHIN / 3 if now.ratio > 1 else 1.0  # a little below, where it was above
         low, high = (low, min(high, limit)) if now.ratio > 1 else (max(low, limit), high)
-        step = limit * float(np.clip(aim * target / max(real, 1e-9), 0.5, 2.0))
-        limit = step if low < step < high else (low + high) / 2
+        step = limit * _step(points, limit, now)
+        points = [*points, (limit, now.real)]
+        limit = step if low < step < high and not again else (low + high) / 2
     assert best is not None
     table.measure.save()
     return replace(best, rounds=len(seen))
+
+
+def _step(points: Sequence[tuple[float, float]], limit: float, now: Timed) -> float:
+    """Return the factor by which the limit is to change: by the line through the logarithms of
+    this limit and the last one, as most of a small network's time is no work.
+    """
+    aim = 1 - WITHIN / 3 if now.ratio > 1 else 1.0  # a little below, where it was above
+    wanted = np.log(max(aim * now.target, 1e-9) / max(now.real, 1e-9))
+    before, real = points[-1]
+    slope = 1.0
+    if before > 0 and before != limit and real > 0 and now.real > 0:
+        slope = float(np.clip(np.log(now.real / real) / np.log(limit / before), 0.1, 1.0))
+    return float(np.exp(np.clip(wanted / slope, np.log(0.25), np.log(4.0))))
 
 
 def _holds(found: Candidates, alive: Mask, place: int) -> bool:
