@@ -123,9 +123,8 @@ def _hint(value: Any) -> Any:
 def _node(
     a: fx.Node, b: fx.Node, follows: dict[str, str], flags_of_second: bool, same: _Same
 ) -> Data:
-    alike: Alike = (
-        same if a is not b else lambda *_: True
-    )  # sizes are looked at where they are used
+    # A call that only computes sizes has no twin: these are looked at where they are used.
+    alike: Alike = same if a is not b else lambda *_: True
     try:
         args, kwargs = (
             _merged(encode(x), encode(y), follows, flags_of_second, alike)
