@@ -212,6 +212,47 @@ def test_the_search_goes_on_where_a_limit_chooses_what_was_measured(
     assert clock(cpd.cut(model, plan), X) / most == pytest.approx(share, rel=0.03)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("strategy", ["oneshot", "greedy", "knapsack", "uniform"])
+def test_a_target_is_met_where_limits_tell_no_networks_apart(floor: float, strategy: str) -> None:
+    """Calls take the same whatever their width, or down to a floor: the network does not."""
+    work = stairs(1)
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        took = float(work(module, inputs))
+        if not isinstance(module, OneCall):
+            return took
+        return max(took, floor * work(net(), X)) if floor else 1.0
+
+    model = net()
+    groups = cpd.comb(model, X)
+    for share in (0.7, 0.4):
+        plan = cpd.choose(
+            groups, random_scores(groups, 0), {"latency": share}, strategy=strategy, measure=clock
+        )
+        real = clock(cpd.cut(model, plan), X) / clock(model, X)
+        assert real == pytest.approx(share, rel=0.031)
+
+
+def test_along_an_order_the_other_budgets_hold() -> None:
+    """One that asks for less than the time does decides, and what it leaves is not cut further."""
+    work = stairs(1)
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        return 1.0 if isinstance(module, OneCall) else float(work(module, inputs))
+
+    model = net()
+    groups = cpd.comb(model, X)
+    scores = random_scores(groups, 0)
+    for params, decides in ((0.3, True), (0.9, False)):
+        plan = cpd.choose(groups, scores, {"latency": 0.6, "params": params}, measure=clock)
+        left = plan.costs["params"][1] / plan.costs["params"][0]
+        real = clock(cpd.cut(model, plan), X) / clock(model, X)
+        assert left <= params
+        assert (real < 0.97 * 0.6) == decides
+        assert (left > 0.95 * params) == decides
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [

@@ -69,6 +69,17 @@ def test_every_file_of_timm_is_there() -> None:
         assert not name.startswith("test_")
 
 
+def test_every_network_of_torchvision_is_there() -> None:
+    """Those with their own data-dependent part after it by the parts that export."""
+    _torchvision.ensure()
+    from torchvision import models
+
+    families = (models, models.segmentation, models.video)
+    wanted = {f"torchvision:{name}" for home in families for name in models.list_models(home)}
+    assert len(wanted) > 90
+    assert wanted <= set(registry())
+
+
 def test_the_registry_names_all_libraries() -> None:
     found = registry()
     assert libraries() == [
@@ -393,6 +404,7 @@ def test_what_has_a_row_is_not_run_again(tmp_path: Path) -> None:
     [
         (["--names", "no_such"], "no network is called no_such"),
         (["--workers", "0"], "must be positive"),
+        (["--memory", "0"], "must be positive"),
         (["--library", "keras"], "invalid choice: 'keras'"),
         (["--redo", "nothing"], "invalid choice: 'nothing'"),
     ],

@@ -52,7 +52,8 @@ anything raises, or a further check fails.
 the network itself cannot do either is marked "as before".
 **ONNX**: the cut network of the default mode (the exact one is not tried) in ONNX Runtime equals
 it; "fixed batch" where an open one fails, "as before" where the uncut network cannot either.
-Of torchvision there is one network of every family, not every depth and width of it."""
+Of torchvision one network of every family has images of its native size, the other depths and
+widths of it small ones."""
 
 
 def rows(output: Path) -> list[tuple[Network, Row | None, Row | None]]:

@@ -1,4 +1,7 @@
-"""torchvision: one network of every family; detectors through the parts that export."""
+"""torchvision: every network; detectors through the parts that export.
+
+One of every family has images of its native size, the other depths and widths of it small ones.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,24 @@ CLASSIFIERS = {
     "vit_b_16": 224,
     "wide_resnet50_2": 224,
 }
-SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50",
-              "lraspp_mobilenet_v3_large")  # fmt: skip
-VIDEO = {"r3d_18": 64, "mc3_18": 64, "r2plus1d_18": 64, "s3d": 224, "swin3d_t": 64}
+SIZES = (
+    "convnext_base", "convnext_large", "convnext_small", "densenet161", "densenet169",
+    "densenet201", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4",
+    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l",
+    "efficientnet_v2_m", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v3_large",
+    "regnet_x_16gf", "regnet_x_1_6gf", "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_800mf",
+    "regnet_x_8gf", "regnet_y_128gf", "regnet_y_16gf", "regnet_y_1_6gf", "regnet_y_32gf",
+    "regnet_y_3_2gf", "regnet_y_800mf", "regnet_y_8gf", "resnet101", "resnet152", "resnet34",
+    "resnext101_32x8d", "resnext101_64x4d", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0", "squeezenet1_0", "swin_b", "swin_s", "swin_v2_b", "swin_v2_s",
+    "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_b_32",
+    "vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2",
+)  # fmt: skip
+SMALL = {"vit_h_14": 56, "swin_b": 112, "swin_s": 112, "swin_v2_b": 128, "swin_v2_s": 128}
+SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101",
+              "fcn_resnet50", "fcn_resnet101", "lraspp_mobilenet_v3_large")  # fmt: skip
+VIDEO = {"r3d_18": 64, "mc3_18": 64, "r2plus1d_18": 64, "s3d": 224, "swin3d_t": 64, "swin3d_s": 64,
+         "swin3d_b": 64, "mvit_v1_b": 224, "mvit_v2_s": 224}  # fmt: skip
 WHY = "the rest depends on the values of its data (proposals, non-maximum suppression)"
 
 
@@ -50,6 +68,8 @@ def build(kind: str, shape: tuple[int, ...]) -> Built:
     options: dict[str, Any] = {"weights": None}
     if kind in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # slow, and made random later
+    if kind.startswith("vit"):
+        options["image_size"] = shape[-1]
     if kind in SEGMENTERS:
         options["weights_backbone"] = None
     return torchvision.models.get_model(kind, **options), torch.randn(2, *shape)
@@ -120,6 +140,7 @@ PARTS = (
 
 def _entries() -> list[Network]:
     shapes: dict[str, tuple[int, ...]] = {k: (3, s, s) for k, s in CLASSIFIERS.items()}
+    shapes |= {k: (3, SMALL.get(k, 64), SMALL.get(k, 64)) for k in SIZES}
     shapes |= dict.fromkeys(SEGMENTERS, (3, 128, 128))
     shapes |= {k: (3, 16, s, s) for k, s in VIDEO.items()}
     return [Network(f"torchvision:{k}", partial(build, k, shape)) for k, shape in shapes.items()]

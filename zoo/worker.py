@@ -1,4 +1,4 @@
-"""A process for one network: `python -m zoo.worker JOB NAME SECONDS`.
+"""A process for one network: `python -m zoo.worker JOB NAME SECONDS GIB`.
 
 It prints its row after every stage.
 
@@ -33,7 +33,6 @@ from .tensors import call, difference
 JOBS = ("prune", "onnx")
 MODES = {"exact": True, "kept": False}
 TARGET = "macs=0.5"
-MEMORY = 14 << 30  # bytes of address space: an error here, instead of a full machine
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -212,11 +211,12 @@ def export(network: Network, emit: Emit) -> None:
 
 def main() -> None:
     """Run one job of one network; print its row after every stage."""
-    job, name, limit = sys.argv[1:]
+    job, name, limit, gigabytes = sys.argv[1:]
     if sys.platform == "linux":
         import resource  # not on every system
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        memory = int(gigabytes) << 30  # of address space: an error here, instead of a full machine
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
     answers = sys.stdout
 

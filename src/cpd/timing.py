@@ -3,6 +3,10 @@
 The table predicts; what it predicts wrongly is found by measuring the cut network end to end, and
 the predicted limit is moved by the ratio until the real one is met within `WITHIN`, or halfway
 between the nearest limits that were too high and too low, where the ratio leads out of these.
+
+Near the least that calls take by themselves the table is flat: limits that hardly differ choose
+networks far apart. Where none comes near, the search goes on along the order of the fastest: what
+its runs leave is nested, the longer the run the faster, so one between them is near.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from torch import nn
 
 from .budgets import shortest
 from .candidates import Candidates
+from .channels import Ids
 from .labels import Mask
 from .planning import shaped
 from .table import Table, whole_inputs
 
 WITHIN = 0.03
-ROUNDS = 8  # networks that are measured, at most
+ROUNDS = 8  # networks that are measured by limits, and again along an order, at most
 NEAR = 1e-3  # limits nearer to each other than this share of the target choose the same
+AIM = 1 - WITHIN / 3  # a little below the target, where it was above
 NAMES = ("latency", "latency_ms")
 
 
@@ -62,55 +68,177 @@ class Timed:
 
 
 def timed(found: Candidates, table: Table, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:
-    """Choose, measure, correct the limit, and choose again, until the real latency is near.
+    """Choose, measure, correct the limit, and choose again, until the real latency is near; then,
+    where it is not, along the order that was fast enough.
 
     A network that seems near is measured once more, and the mean of both counts: of many noisy
     measurements the one that happens to fit would be taken otherwise. `found.allowed` is left with
     the corrected limit.
     """
-    place = next(k for k, budget in enumerate(found.allowed) if budget.name in NAMES)
-    target = limit = found.allowed[place].limit
-    low, high = 0.0, table.whole  # limits with which it was fast enough, and too slow
-    best: Timed | None = None
-    seen: dict[bytes, Timed] = {}
-    points = [(0.0, 0.0)]  # limits, and what the networks took
-    while high - low > NEAR * target:
-        allowed = list(found.allowed)
-        allowed[place] = replace(allowed[place], limit=limit)
-        found.allowed = tuple(allowed)
-        gone, met = shortest(found, found.allowed, np.asarray(ordered(found), np.int64))
-        alive = found.without(gone)
-        now = seen.get(alive.tobytes())
-        again = now is not None
-        if now is None:
-            if len(seen) == ROUNDS:
-                break
-            real = _measured(found, table, shaped(found.groups, alive), place)
-            if abs(real / target - 1) <= WITHIN and table.measure.clock is not None:
-                real = (real + _measured(found, table, shaped(found.groups, alive), place)) / 2
-            # What the table takes for too slow may be fast enough, where the other budgets hold.
-            if not met:
-                met = real <= target and _holds(found, alive, place)
-                limit = max(limit, table.count(alive[found.groups.units.label]))
-            now = Timed(gone, met, real, target, len(seen) + 1)
-            seen[alive.tobytes()] = now
-        best = now if best is None or now.rank < best.rank else best
-        if not now.met or 1 - WITHIN <= now.ratio <= 1:
-            break
-        low, high = (low, min(high, limit)) if now.ratio > 1 else (max(low, limit), high)
-        step = limit * _step(points, limit, now)
-        points = [*points, (limit, now.real)]
-        limit = step if low < step < high and not again else (low + high) / 2
-    assert best is not None
+    search = _Search(found, table)
+    best = search.by_limits(ordered)
+    if best.met and abs(best.ratio - 1) > WITHIN:
+        best = min(best, search.along(ordered), key=lambda one: one.rank)
     table.measure.save()
-    return replace(best, rounds=len(seen))
+    return replace(best, rounds=len(search.seen))
+
+
+class _Search:
+    """The networks that were measured, by what is left of them."""
+
+    def __init__(self, found: Candidates, table: Table) -> None:
+        self.found, self.table = found, table
+        self.place = next(k for k, budget in enumerate(found.allowed) if budget.name in NAMES)
+        self.target = found.allowed[self.place].limit
+        self.seen: dict[bytes, Timed] = {}
+        self.fast: tuple[float, Timed] | None = None  # the highest limit that was fast enough
+
+    def by_limits(self, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:
+        """Move the limit of the table; return the best."""
+        low, high = 0.0, self.table.whole  # limits with which it was fast enough, and too slow
+        limit = self.target
+        best: Timed | None = None
+        points = [(0.0, 0.0)]  # limits, and what the networks took
+        while high - low > NEAR * self.target:
+            gone, met = self._chosen(limit, ordered)
+            known = len(self.seen)
+            if known == ROUNDS and self._key(gone) not in self.seen:
+                break
+            now = self.take(gone, met)
+            if not met:
+                limit = max(limit, self._counted(gone))
+            best = now if best is None or now.rank < best.rank else best
+            if not now.met or 1 - WITHIN <= now.ratio <= 1:
+                break
+            if now.ratio > 1:
+                high = min(high, limit)
+            else:
+                low, self.fast = max(low, limit), (limit, now)
+            step = limit * _step(points, limit, now)
+            points = [*points, (limit, now.real)]
+            fresh = len(self.seen) > known
+            limit = step if low < step < high and fresh else (low + high) / 2
+        assert best is not None
+        return best
+
+    def along(self, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:
+        """Measure what runs of one order leave, between one too slow and one fast enough; return
+        the best.
+
+        Where to look next is told by the MACs: between two networks that are near each other time
+        is about a line of them.
+        """
+        limit, fast = self.fast if self.fast is not None else (self.target, None)
+        self._limit(limit)
+        order = np.asarray(ordered(self.found), np.int64)
+        others = [b for k, b in enumerate(self.found.allowed) if k != self.place]
+        least, _ = shortest(self.found, others, order)
+        slow = self.take(least, True) if least else None
+        low, high = _length(order, least), len(order)
+        if fast is None:
+            fast = self.take(order.tolist(), True)
+        else:
+            high = _length(order, fast.gone)
+        best = min((x for x in (slow, fast) if x is not None), key=lambda one: one.rank)
+        ratios = [slow.ratio if slow else self.table.whole / self.target, fast.ratio]
+        if ratios[0] <= 1 or ratios[1] > 1:
+            return best  # the other budgets decide, or no more can go
+        runs = _Runs(self.found, order)
+        for _ in range(ROUNDS):
+            if high - low <= 1 or abs(best.ratio - 1) <= WITHIN:
+                break
+            share = (ratios[0] - AIM) / (ratios[0] - ratios[1])
+            at = runs.between(low, high, min(max(share, 0.1), 0.9))
+            now = self.take(order[:at].tolist(), True)
+            best = min(best, now, key=lambda one: one.rank)
+            if now.ratio > 1:
+                low, ratios[0] = at, now.ratio
+            else:
+                high, ratios[1] = at, now.ratio
+        self._limit(self._counted(best.gone))
+        return best
+
+    def take(self, gone: list[int], met: bool) -> Timed:
+        """Return what the network takes without these candidates; `met`: all budgets hold by what
+        is counted.
+        """
+        key = self._key(gone)
+        if key in self.seen:
+            return self.seen[key]
+        alive = self.found.without(gone)
+        small = shaped(self.found.groups, alive)
+        real = self._measured(small)
+        if abs(real / self.target - 1) <= WITHIN and self.table.measure.clock is not None:
+            real = (real + self._measured(small)) / 2
+        # What the table takes for too slow may be fast enough, where the other budgets hold.
+        met = met or (real <= self.target and _holds(self.found, alive, self.place))
+        self.seen[key] = Timed(gone, met, real, self.target, len(self.seen) + 1)
+        return self.seen[key]
+
+    def _measured(self, small: nn.Module) -> float:
+        """What a cut network takes; a share of the whole one's time is measured beside it."""
+        inputs, table = whole_inputs(self.found.groups), self.table
+        if self.found.allowed[self.place].name == "latency":
+            return table.measure.beside(small, self.found.groups.model, table.whole, inputs)
+        return table.measure.now(small, inputs)
+
+    def _chosen(
+        self, limit: float, ordered: Callable[[Candidates], Sequence[int]]
+    ) -> tuple[list[int], bool]:
+        self._limit(limit)
+        return shortest(self.found, self.found.allowed, np.asarray(ordered(self.found), np.int64))
+
+    def _limit(self, limit: float) -> None:
+        allowed = list(self.found.allowed)
+        allowed[self.place] = replace(allowed[self.place], limit=limit)
+        self.found.allowed = tuple(allowed)
+
+    def _counted(self, gone: Sequence[int]) -> float:
+        """What the table says of the network without these candidates."""
+        return self.table.count(self.found.without(gone)[self.found.groups.units.label])
+
+    def _key(self, gone: Sequence[int]) -> bytes:
+        return self.found.without(gone).tobytes()
+
+
+class _Runs:
+    """What the runs of an order leave: the MACs of each, which fall with their length."""
+
+    def __init__(self, found: Candidates, order: Ids) -> None:
+        self.found = found
+        self.gone_at = found.gone_at(order, found.before)
+        self.macs = found.groups.counted("macs")
+
+    def left(self, length: int) -> float:
+        """Return the MACs that the first candidates of the order leave."""
+        return self.macs.count((self.gone_at >= length)[self.found.groups.units.label])
+
+    def between(self, low: int, high: int, share: float) -> int:
+        """Return the length between two others that goes this share of the way between their MACs;
+        never one of the two.
+        """
+        wanted = self.left(low) + share * (self.left(high) - self.left(low))
+        first, last = low + 1, high - 1
+        while first < last:
+            middle = (first + last) // 2
+            if self.left(middle) <= wanted:
+                last = middle
+            else:
+                first = middle + 1
+        return first
+
+
+def _length(order: Ids, gone: Sequence[int]) -> int:
+    """Return how long a run of the order is that has all of these."""
+    places = np.flatnonzero(np.isin(order, list(gone)))
+    return int(places.max()) + 1 if len(places) else 0
 
 
 def _step(points: Sequence[tuple[float, float]], limit: float, now: Timed) -> float:
     """Return the factor by which the limit is to change: by the line through the logarithms of
     this limit and the last one, as most of a small network's time is no work.
     """
-    aim = 1 - WITHIN / 3 if now.ratio > 1 else 1.0  # a little below, where it was above
+    aim = AIM if now.ratio > 1 else 1.0
     wanted = np.log(max(aim * now.target, 1e-9) / max(now.real, 1e-9))
     before, real = points[-1]
     slope = 1.0
@@ -124,11 +252,3 @@ def _holds(found: Candidates, alive: Mask, place: int) -> bool:
     of_ids = alive[found.groups.units.label]
     others = [budget for k, budget in enumerate(found.allowed) if k != place]
     return all(budget.cost.count(of_ids) <= budget.limit for budget in others)
-
-
-def _measured(found: Candidates, table: Table, small: nn.Module, place: int) -> float:
-    """What a cut network takes; a share of the whole one's time is measured beside it."""
-    inputs = whole_inputs(found.groups)
-    if found.allowed[place].name == "latency":
-        return table.measure.beside(small, found.groups.model, table.whole, inputs)
-    return table.measure.now(small, inputs)
