@@ -404,7 +404,6 @@ def test_what_has_a_row_is_not_run_again(tmp_path: Path) -> None:
     [
         (["--names", "no_such"], "no network is called no_such"),
         (["--workers", "0"], "must be positive"),
-        (["--memory", "0"], "must be positive"),
         (["--library", "keras"], "invalid choice: 'keras'"),
         (["--redo", "nothing"], "invalid choice: 'nothing'"),
     ],

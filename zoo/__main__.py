@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .registry import libraries, registry
-from .runner import MEMORY, OUTPUT, REDO, read, run_all, summary, wanted
+from .runner import OUTPUT, REDO, read, run_all, summary, wanted
 from .worker import JOBS
 
 
@@ -21,16 +21,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=300, help="processor seconds for one, default 300"
     )
-    parser.add_argument(
-        "--memory", type=int, default=MEMORY, help=f"GiB for one process, default {MEMORY}"
-    )
     parser.add_argument("--redo", choices=REDO, help="also those that have a row")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file of the rows")
     parser.add_argument("--list", action="store_true", help="name the networks, run nothing")
     parser.add_argument("--write-docs", action="store_true", help="write docs/coverage.*")
     options = parser.parse_args()
-    if options.workers < 1 or options.limit <= 0 or options.memory < 1:
-        parser.error("--workers, --limit and --memory must be positive")
+    if options.workers < 1 or options.limit <= 0:
+        parser.error("--workers and --limit must be positive")
     options.selected = [
         name
         for name, network in registry().items()
@@ -57,8 +54,7 @@ def main() -> None:
         names = [n for n in options.selected if wanted(_row(options, job, n), options.redo, job)]
         kept = len(options.selected) - len(names)
         print(f"{job}: {len(names)} networks to run, {kept} have a row", flush=True)
-        limits = (options.limit, options.workers, options.memory)
-        for row in run_all(names, job, options.output, *limits):
+        for row in run_all(names, job, options.output, options.limit, options.workers):
             print(summary(row), flush=True)
     if options.write_docs:
         from .page import write

@@ -22,13 +22,15 @@ class Network:
 
     `name`: "library:name". `build`: returns the network and example inputs (a tensor, a tuple or a
     dict) with two samples. `part`: what this is a part of, and why not the whole, for what does
-    not export whole. `note`: what differs from the library's defaults.
+    not export whole. `note`: what differs from the library's defaults. `memory`: GiB of address
+    space that its process may take; beyond, it ends with an error instead of filling the machine.
     """
 
     name: str
     build: Build
     part: str = ""
     note: str = ""
+    memory: int = 14
 
     @property
     def library(self) -> str:

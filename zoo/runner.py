@@ -26,7 +26,6 @@ from cpd.files import write_text
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "coverage.jsonl"
 PATIENCE = 6
-MEMORY = 14  # GiB for one process
 REDO = ("failed", "short", "stale", "all")
 
 Row = dict[str, Any]
@@ -110,9 +109,8 @@ def wanted(row: Row | None, redo: str | None, job: str) -> bool:
     return redo == "stale" and row.get("fingerprint") != fingerprint()
 
 
-def run(job: str, name: str, limit: float, memory: int = MEMORY, worker: str = "zoo.worker") -> Row:
-    """Run one job of one network; its row, as far as it came within `limit` seconds and `memory`
-    GiB.
+def run(job: str, name: str, limit: float, worker: str = "zoo.worker") -> Row:
+    """Run one job of one network; its row, as far as it came within `limit` seconds.
 
     The seconds are of the processor where the system can count them, so that what else the machine
     does takes none; on the clock they may be `PATIENCE` times as many.
@@ -126,10 +124,9 @@ def run(job: str, name: str, limit: float, memory: int = MEMORY, worker: str = "
         "HF_HUB_OFFLINE": "1",
     }
     code_of = fingerprint()
-    limits = (math.ceil(limit), memory)
     with tempfile.TemporaryFile("w+") as answers, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", worker, job, name, *map(str, limits)],
+            [sys.executable, "-W", "ignore", "-m", worker, job, name, str(math.ceil(limit))],
             stdout=answers,
             stderr=errors,
             env=environment,
@@ -169,17 +166,12 @@ def keep(output: Path, job: str, row: Row) -> None:
 
 
 def run_all(
-    names: Iterable[str],
-    job: str,
-    output: Path,
-    limit: float,
-    workers: int = 1,
-    memory: int = MEMORY,
+    names: Iterable[str], job: str, output: Path, limit: float, workers: int = 1
 ) -> Iterator[Row]:
     """Run one job of many networks and keep each row as soon as it is there."""
 
     def one(name: str) -> Row:
-        row = run(job, name, limit, memory)
+        row = run(job, name, limit)
         keep(output, job, row)
         return row
 

@@ -54,6 +54,7 @@ SIZES = (
     "vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2",
 )  # fmt: skip
 SMALL = {"vit_h_14": 56, "swin_b": 112, "swin_s": 112, "swin_v2_b": 128, "swin_v2_s": 128}
+LARGE = ("regnet_y_128gf", "vit_h_14")
 SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "deeplabv3_resnet101",
               "fcn_resnet50", "fcn_resnet101", "lraspp_mobilenet_v3_large")  # fmt: skip
 VIDEO = {"r3d_18": 64, "mc3_18": 64, "r2plus1d_18": 64, "s3d": 224, "swin3d_t": 64, "swin3d_s": 64,
@@ -143,7 +144,10 @@ def _entries() -> list[Network]:
     shapes |= {k: (3, SMALL.get(k, 64), SMALL.get(k, 64)) for k in SIZES}
     shapes |= dict.fromkeys(SEGMENTERS, (3, 128, 128))
     shapes |= {k: (3, 16, s, s) for k, s in VIDEO.items()}
-    return [Network(f"torchvision:{k}", partial(build, k, shape)) for k, shape in shapes.items()]
+    return [
+        Network(f"torchvision:{k}", partial(build, k, shape), memory=22 if k in LARGE else 14)
+        for k, shape in shapes.items()
+    ]
 
 
 NETWORKS = (*_entries(), *PARTS)

@@ -1,4 +1,4 @@
-"""A process for one network: `python -m zoo.worker JOB NAME SECONDS GIB`.
+"""A process for one network: `python -m zoo.worker JOB NAME SECONDS`.
 
 It prints its row after every stage.
 
@@ -211,11 +211,12 @@ def export(network: Network, emit: Emit) -> None:
 
 def main() -> None:
     """Run one job of one network; print its row after every stage."""
-    job, name, limit, gigabytes = sys.argv[1:]
+    job, name, limit = sys.argv[1:]
     if sys.platform == "linux":
         import resource  # not on every system
 
-        memory = int(gigabytes) << 30  # of address space: an error here, instead of a full machine
+        known = registry().get(name)
+        memory = (Network.memory if known is None else known.memory) << 30
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
     answers = sys.stdout
