@@ -52,6 +52,44 @@ def test_a_tied_fold_loses_whole_columns() -> None:
     assert rows.width == 2
 
 
+def test_entries_of_united_tied_columns_are_one() -> None:
+    """Heads x dims whose dims turn as quarters of one width, and are split in halves on the way."""
+    channels = Channels()
+    ids = channels.new(3, 8)
+    channels.rows(ids)
+    columns = channels.columns(ids)
+    channels.unite(columns.reshape(4, 2), columns[:2])
+    channels.nest(ids.reshape(3, 2, 4))
+    units = solve(channels)
+    assert kinds(units.families) == [("head dims", 1, 2), ("heads", 1, 3)]
+    assert (units.label[ids[:, :2]] == units.label[ids[:, 6:]]).all()
+    assert len(np.unique(units.label[ids])) == 6
+
+
+def test_entries_of_united_tied_rows_are_one() -> None:
+    channels = Channels()
+    ids = channels.new(4, 2)
+    rows, columns = channels.rows(ids), channels.columns(ids)
+    channels.unite(rows[:2], rows[2:])
+    units = solve(channels)
+    assert (units.label[ids[:2]] == units.label[ids[2:]]).all()
+    assert units.label[columns[0]] != units.label[columns[1]]
+    assert kinds(units.families) == [("head dims", 1, 2), ("heads", 1, 2)]
+
+
+def test_tied_rows_of_one_channel_go_whole_but_for_one() -> None:
+    """A norm shared by heads whose dims stay: heads go, and one of them stays with the norm."""
+    channels = Channels()
+    ids = channels.new(3, 4)
+    heads, norm = channels.rows(ids), channels.new(4)
+    channels.unite(channels.columns(ids), norm)
+    channels.freeze_inner(ids, "why")
+    units = solve(channels)
+    assert kinds(units.families) == [("channels", 1, 3)]
+    assert not np.isin(units.label[norm], units.closure([units.label[heads[1]]])).any()
+    assert any(set(units.label[heads]) == set(some) for some in units.nonempty)
+
+
 def test_united_rows_have_one_block() -> None:
     channels = Channels()
     a, b = channels.new(2, 3), channels.new(2, 3)

@@ -175,3 +175,10 @@ def equal_rows(
         found = block_of.setdefault(items.tobytes(), block)
         if found != block:
             edges.append((found, block))
+
+
+def copies(rows: Ids, blocks: Ids) -> list[tuple[int, int]]:
+    """Return the pairs of items that are one where rows with one block are copies of each other."""
+    _, first, number = np.unique(blocks, return_index=True, return_inverse=True)
+    mine, same = rows.ravel(), rows[first[number]].ravel()
+    return list(zip(*(x[mine != same].tolist() for x in (mine, same)), strict=True))

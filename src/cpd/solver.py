@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .channels import Channels, Fold, Ids, Place, Reason, components
-from .clusters import columns_of, equal_rows, in_step, relate, sets_of, share_items
+from .clusters import columns_of, copies, equal_rows, in_step, relate, sets_of, share_items
 from .units import Family, Units, fill
 
 KINDS = {"conv": ("conv groups", "group channels"), "group_norm": ("norm groups", "group channels")}
@@ -48,6 +48,7 @@ class _Solver:
         self.conflicts: list[tuple[Ids, Place]] = []
         self.blocks = np.empty(0, bool)
         self.links: list[list[Ids]] = []
+        self.nonempty: list[Ids] = []
 
     def _bind(self, fold: Fold) -> _Bound:
         items = self.label[fold.ids]
@@ -63,7 +64,11 @@ class _Solver:
         return np.arange(self.count - count, self.count, dtype=np.int64)
 
     def close(self) -> None:
-        """Unite blocks of equal rows, and blocks of one channel with it, until nothing changes."""
+        """Unite blocks of equal rows, and blocks of one channel with it, until nothing changes.
+
+        An entry of a tied fold is alive exactly when its row and its column are. So entries of one
+        row (column) whose columns (rows) are one are one as well.
+        """
         while True:
             edges: list[tuple[int, int]] = []
             block_of: dict[bytes, int] = {}
@@ -72,6 +77,7 @@ class _Solver:
                 if bound.columns is not None:
                     sides.append((bound.items.T, bound.columns))
                 for items, blocks in sides:
+                    edges += copies(items, blocks) if len(sides) > 1 else []
                     equal_rows(np.sort(items, axis=1), blocks, block_of, edges)
             if not edges:
                 return
@@ -193,7 +199,7 @@ class _Solver:
         below = self._below()
         families, bound_items = self._bundles()
         families += self._blocks(bound_items)
-        nonempty = [np.unique(self.label[ids]) for ids in self.channels.nonempty]
+        nonempty = [np.unique(self.label[ids]) for ids in self.channels.nonempty] + self.nonempty
         fold_of = np.full(self.count, -1, np.int64)
         for number, fold in enumerate(self.bounds):
             for classes in (fold.items, fold.rows, fold.columns):
@@ -260,8 +266,11 @@ class _Solver:
     def _bundle(self, bounds: list[_Bound]) -> tuple[Family | None, Ids]:
         tied = [(x.items, x.columns) for x in bounds if x.columns is not None]
         taken = np.empty(0, np.int64)
-        if not tied and all((bound.items == bound.items[:, :1]).all() for bound in bounds):
-            return None, taken  # every row is one channel: its blocks are the units
+        whole = all((bound.items == bound.items[:, :1]).all() for bound in bounds)
+        if whole and not (tied and self._columns_elsewhere(bounds)):
+            # every row is one channel: its blocks are the units; the column needs one of them
+            self.nonempty += [np.unique(x.rows) for x in bounds if x.columns is not None]
+            return None, taken
         bound_ids = [ids.ravel() for pair in tied for ids in pair]
         clusters: dict[bytes, Ids] = {}
         columns, relations = columns_of(tied), []
@@ -294,6 +303,15 @@ class _Solver:
                 column[bound.columns] = True
         mine = {id(bound) for bound in bounds}
         return any(column[other.items].any() for other in self.bounds if id(other) not in mine)
+
+    def _columns_elsewhere(self, bounds: list[_Bound]) -> bool:
+        """Say whether tied columns are rows or items of any fold that is not one channel whole."""
+        column = np.zeros(self.count, bool)
+        for bound in bounds:
+            if bound.columns is not None:
+                column[bound.columns] = True
+        several = (bound for bound in self.bounds if (bound.items != bound.items[0, 0]).any())
+        return any(column[b.items].any() or column[b.rows].any() for b in several)
 
     def _blocks(self, bound_items: NDArray[np.bool_]) -> list[Family]:
         """Whole rows as units: heads, conv groups. Those that are items of a larger fold are there
