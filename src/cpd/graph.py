@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .aliases import Storages, base, op_name, sole_chain, views, writes
+from .aliases import Storages, base, needed, op_name, sole_chain, views, writes
 from .channels import Channels, Ids, Place
 from .errors import TraceError
 from .labels import Labels, Layer
@@ -67,6 +67,7 @@ class Reader:
         self.weights: set[fx.Node] = set()
         self.used = used_tensors(trace)
         self.storages = Storages(trace.graph)
+        self.needed = needed(trace.graph)
 
     def read_training(self, training: Trace) -> None:
         """Read the same network as it trains: what only training computes binds channels too."""
@@ -178,7 +179,8 @@ class Reader:
                     args[argument.name] = argument.default_value
         kind, place = location(node)[1], self.channels.place
         where = " ".join(x for x in (place.path, f"[{kind}]" if kind else "", place.source) if x)
-        return Call(place.op, args, out, self.channels, target, self.exact, where)
+        exact = self.exact and node in self.needed  # what nothing comes of may differ
+        return Call(place.op, args, out, self.channels, target, exact, where)
 
     def _rule(self, node: fx.Node, call: Call) -> Any:
         rule = find(call.op) or (find("pointwise") if _is_pointwise(node.target) else None)
