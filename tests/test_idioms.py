@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -888,6 +889,25 @@ def _() -> nn.Module:
     return Attention(inner, dim=8, frequency=torch.rand(4))
 
 
+@idiom(
+    "rotary, two places, one norm for all heads", tokens(8), f"{QKVO} | frequency 0, qn.weight 0"
+)
+def _() -> nn.Module:
+    def turned(x: torch.Tensor, angles: list[torch.Tensor]) -> torch.Tensor:
+        parts = x.split([2 * (x.shape[-1] // 4)] * 2, -1)
+        pairs = zip(parts, angles, strict=True)
+        return torch.cat([rope_half(part, a.cos(), a.sin()) for part, a in pairs], -1)
+
+    def inner(m: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(q.shape[2]).to(m.frequency)
+        angles = [torch.outer(place, m.frequency) for place in (places // 2, places % 2)]
+        angles = torch.cat([torch.cat([a, a], -1) for a in angles], -1).chunk(2, -1)
+        return plain(m, turned(m.qn(q), angles), turned(m.kn(k), angles), v)
+
+    norms = {"qn": nn.RMSNorm(8), "kn": nn.RMSNorm(8)}
+    return Attention(inner, dim=8, frequency=torch.rand(2), **norms)
+
+
 @idiom("rotary, interleaved", tokens(8), f"{QKVO}, cos 1, sin 1")
 def _() -> nn.Module:
     def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -1079,6 +1099,36 @@ def _() -> nn.Module:
             8, 4, batch_first=True, add_bias_kv=True, add_zero_attn=True, bias=False
         ),
     )
+
+
+class Masks(nn.Module):
+    """A mask for each head of a batch, from one number of heads each time that it is called."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        near = (x.transpose(0, 1) @ y.permute(1, 2, 0)).unsqueeze(1)
+        return near.repeat(1, self.heads, 1, 1).flatten(0, 1) < -2.0
+
+
+@idiom(
+    "nn.MultiheadAttention, masks made by one module for two",
+    tokens(8, 7),
+    "a.in_proj_weight 0, a.out_proj.weight 1, b.in_proj_weight 0, b.out_proj.weight 1",
+)
+def _() -> nn.Module:
+    def forward(m: Any, y: torch.Tensor) -> torch.Tensor:
+        x, y = m.queries.unsqueeze(1).repeat(1, len(y), 1), y.transpose(0, 1)
+        for layer in (m.a, m.b):  # the weights, means over heads, are of no use
+            mask = m.masks(x, y)
+            x = x + layer(x, y, y, attn_mask=mask & ~mask.all(-1, keepdim=True))[0]
+        m.masks(x, y)
+        return x.transpose(0, 1)
+
+    layers = {key: nn.MultiheadAttention(8, 2) for key in "ab"}
+    return Net(forward, masks=Masks(2), queries=P(5, 8), **layers)
 
 
 @idiom(
@@ -1442,6 +1492,29 @@ def test_idiom_is_cut_and_proved(name: str, how: str) -> None:
     for tensor, axis in wanted(given.narrower, exact=exact):
         whole, left = plan.shapes[tensor][axis], plan.new_shape(tensor)[axis]
         assert left < whole, f"{tensor} axis {axis} stays {whole}\n{groups}\n{plan}"
+
+
+@pytest.mark.parametrize("how", ["exact", "lossy"])
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("rotary, two places, one norm for all heads", ["q.weight"]),
+        (
+            "nn.MultiheadAttention, masks made by one module for two",
+            ["a.in_proj_weight", "b.in_proj_weight"],
+        ),
+    ],
+)
+def test_heads_go_whole(name: str, tensors: list[str], how: str) -> None:
+    model, inputs = randomised(IDIOMS[name].make()), wide(IDIOMS[name].inputs)
+    groups = cpd.comb(model, inputs, exact=how == "exact")
+    units = groups.units
+    heads = [f for group in groups for f in group.families if f.kind == "heads" and f.size > 1]
+    gone = units.closure([int(cluster[0]) for family in heads for cluster in family.clusters])
+    for tensor in tensors:
+        layer = groups.labels[tensor].owned(0)
+        assert layer is not None
+        assert np.isin(units.label[layer.ids], gone).any(), f"{tensor}\n{groups}"
 
 
 @pytest.mark.parametrize("name", IDIOMS)

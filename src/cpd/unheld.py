@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from .aliases import op_name
 from .channels import Ids
-from .graph import Reader, Step
+from .graph import Reader, Step, place_of
 from .handed import HandedOn
 from .replace import Replacements
 from .rules import Size
@@ -33,18 +35,49 @@ def _halves(step: Step, size: Size) -> bool:
 
 
 def balance_shared(reader: Reader, sites: list[Site]) -> None:
-    """Where one attribute is the width of rows of several tensors, they keep the same number."""
+    """Where one attribute is the width of rows of several tensors, they keep the same number, and
+    so do axes that a module's code meets with one literal each time that it is called.
+    """
+    again = _met_again(reader)
     for site in sites:
         rows: dict[bytes, Ids] = {}
         for size in site.sizes:
             layer = size.labels.owned(size.axis)
-            if layer is not None and (layer.ids.ndim > 1 or size.arg == "split_sizes"):
+            if layer is None:
+                continue
+            if layer.ids.ndim > 1 or size.arg == "split_sizes" or id(size) in again:
                 rows[layer.ids.tobytes()] = layer.ids.reshape(-1, size.old)
         if len(rows) > 1:
             reader.channels.nest(np.concatenate(list(rows.values())))
             for whole in (row for row in rows.values() if len(row) == 1):  # not one of many heads
                 blocks = reader.channels.rows(whole)
                 reader.channels.freeze(blocks, "one of equal parts, must not vanish")
+
+
+def _met_again(reader: Reader) -> set[int]:
+    """Return the literals of one line of code that carry other channels in another call of its
+    module: no attribute, and no forward that takes the module's place, holds two numbers there.
+    """
+    roots = reader.channels.labels()
+    met: dict[tuple[Any, ...], list[tuple[str, bytes, int]]] = {}
+    for step in reader.steps:
+        for size in step.sizes:
+            layer = size.labels.owned(size.axis)
+            if layer is not None and layer.ids.shape == (size.old,):
+                literal = (place_of(step.node), size.arg, size.index, size.old)
+                one = (_which_call(step.node), roots[layer.ids].tobytes(), id(size))
+                met.setdefault(literal, []).append(one)
+    several = (
+        same
+        for same in met.values()
+        if len({call for call, _, _ in same}) > 1 and len({ids for _, ids, _ in same}) > 1
+    )
+    return {number for same in several for _, _, number in same}
+
+
+def _which_call(node: fx.Node) -> str:
+    """Return the innermost module of a node, with the number of its call where it has several."""
+    return str(list(node.meta.get("nn_module_stack") or [""])[-1])
 
 
 def freeze_unheld(reader: Reader, replaced: Replacements, sites: list[Site]) -> None:
