@@ -98,6 +98,12 @@ def masked(m: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return attend(m, x, attn_mask=mask)
 
 
+def weighted(m: Any, x: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+    x = m.a(x)
+    out, weights = m.inner(x, x, x, key_padding_mask=pad)
+    return out + (weights @ x)[..., :1]
+
+
 def both(m: Any, x: torch.Tensor, mask: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
     return attend(m, x, attn_mask=mask, key_padding_mask=pad, need_weights=False)
 
@@ -124,11 +130,12 @@ def decode_padded(
 
 
 NEVER = (False, False)  # the mask has a place for each head
-MEAN = (True, False)  # the weights that are returned are a mean over the heads
+MEAN = (True, False)  # the weights that are read are a mean over the heads
 PER_HEAD = causal().expand(BATCH * 4, -1, -1).contiguous()
 CASES = {
-    "padding": Case(attention, padded, (tokens(), padding()), heads=MEAN),
-    "padding, float": Case(attention, padded, (tokens(), additive(padding())), heads=MEAN),
+    "padding": Case(attention, padded, (tokens(), padding())),
+    "padding, float": Case(attention, padded, (tokens(), additive(padding()))),
+    "padding, weights": Case(attention, weighted, (tokens(), padding()), heads=MEAN),
     "padding, no weights": Case(attention, padded_quietly, (tokens(), padding())),
     "padding, key bias": Case(
         lambda: attention(add_bias_kv=True, add_zero_attn=True),
