@@ -667,3 +667,47 @@ def test_the_collector_is_left_as_it_was() -> None:
     with pytest.raises(InputError), uncollected():
         cpd.comb(nn.Linear(3, 4), torch.randn(2, 5))
     assert gc.get_threshold() == before
+
+
+def _written_into_part(m: Any, y: torch.Tensor) -> torch.Tensor:
+    sums = torch.zeros(2, 5, dtype=y.dtype)
+    sums[:, 0] = y.mean(-1)
+    return m.last(y) * sums[:, :1]
+
+
+def _kept_in_a_buffer(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.mean.copy_(y.mean().reshape(1))
+    return m.last(y)
+
+
+def _asserted(m: Any, y: torch.Tensor) -> torch.Tensor:
+    torch._assert_async(y.mean() < 1e9)
+    return m.last(y)
+
+
+def _a_number(m: Any, y: torch.Tensor) -> torch.Tensor:
+    return m.last(y) * (y.mean() > 0).long().item()
+
+
+def _unread(m: Any, y: torch.Tensor) -> torch.Tensor:
+    y.mean()
+    return m.last(y)
+
+
+@pytest.mark.parametrize(
+    ("forward", "kept"),
+    [
+        (_written_into_part, True),
+        (_kept_in_a_buffer, True),
+        (_asserted, True),
+        (_a_number, True),
+        (_unread, False),
+    ],
+)
+def test_exact_keeps_for_what_something_comes_of(forward: Any, kept: bool) -> None:
+    """An output is not all that counts: what is written, checked or measured does as well."""
+    model = Net(lambda m, x: forward(m, m.first(x)), first=nn.Linear(4, 6), last=nn.Linear(6, 2))
+    model.register_buffer("mean", torch.zeros(1))
+    groups = cpd.comb(randomised(model), tokens(2, 4), exact=True)
+    assert ("exact: mean over channels" in str(groups)) == kept
+    assert [group.name for group in groups] == ([] if kept else ["first"])

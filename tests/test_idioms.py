@@ -908,6 +908,34 @@ def _() -> nn.Module:
     return Attention(inner, dim=8, frequency=torch.rand(2), **norms)
 
 
+class Sized(nn.Module):
+    """Attention whose code has the dims of a head as a number and leaves the heads open."""
+
+    def __init__(self, kv: int) -> None:
+        super().__init__()
+        self.dim, self.grouped = 8, kv < 4
+        self.q, self.o = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.k, self.v = nn.Linear(8, 8 * kv), nn.Linear(8, 8 * kv)
+        self.qn, self.kn = nn.RMSNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, length, _ = x.shape
+        made = (part(x).view(n, length, -1, self.dim) for part in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2) for part in made)
+        y = F.scaled_dot_product_attention(self.qn(q), self.kn(k), v, enable_gqa=self.grouped)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@idiom("one norm for all heads, dims a number", tokens(8), f"{QKVO} | qn.weight 0, kn.weight 0")
+def _() -> nn.Module:
+    return Sized(4)
+
+
+@idiom("one norm for all heads, grouped queries", tokens(8), QKVO)
+def _() -> nn.Module:
+    return Sized(2)
+
+
 @idiom("rotary, interleaved", tokens(8), f"{QKVO}, cos 1, sin 1")
 def _() -> nn.Module:
     def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -1499,6 +1527,8 @@ def test_idiom_is_cut_and_proved(name: str, how: str) -> None:
     ("name", "tensors"),
     [
         ("rotary, two places, one norm for all heads", ["q.weight"]),
+        ("one norm for all heads, dims a number", ["q.weight", "k.weight", "v.weight"]),
+        ("one norm for all heads, grouped queries", ["q.weight"]),
         (
             "nn.MultiheadAttention, masks made by one module for two",
             ["a.in_proj_weight", "b.in_proj_weight"],
@@ -1515,6 +1545,46 @@ def test_heads_go_whole(name: str, tensors: list[str], how: str) -> None:
         layer = groups.labels[tensor].owned(0)
         assert layer is not None
         assert np.isin(units.label[layer.ids], gone).any(), f"{tensor}\n{groups}"
+
+
+class Folded(nn.Module):
+    """Gives every input the same width, which it has as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+
+    def forward(self, *xs: torch.Tensor) -> list[torch.Tensor]:
+        return [x.reshape(-1, 5, self.width).relu() for x in xs]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_literals_of_one_call_bind_nothing(calls: int) -> None:
+    """Each meets the same channels in every call, so each may have a number of its own."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        ys = [m.a(x), m.b(x), m.c(x)]
+        for _ in range(calls):
+            ys = m.fold(*ys)
+        return m.d(ys[0]) + m.e(ys[1]) + m.f(ys[2])
+
+    layers = {k: nn.Linear(6, 8) for k in "abc"} | {k: nn.Linear(8, 3) for k in "def"}
+    groups = cpd.comb(randomised(Net(forward, fold=Folded(), **layers)), tokens())
+    assert [(g.name, [f.size for f in g.families]) for g in groups] == [
+        ("a", [8]), ("b", [8]), ("c", [8])
+    ]  # fmt: skip
+
+
+def test_literals_of_overlapping_slices_bind_nothing() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        return m.b(m.fold(y[..., :8])[0] + m.fold(y[..., 4:])[0])
+
+    model = randomised(Net(forward, fold=Folded(), a=nn.Linear(6, 12), b=nn.Linear(8, 3)))
+    small, _ = cpd.prune(
+        model, tokens(), importance="random", target="params=0.5", unreachable="closest"
+    )
+    assert small.a.weight.shape[0] < 12
 
 
 @pytest.mark.parametrize("name", IDIOMS)

@@ -234,6 +234,57 @@ def test_a_target_is_met_where_limits_tell_no_networks_apart(floor: float, strat
         assert real == pytest.approx(share, rel=0.031)
 
 
+@pytest.mark.parametrize(("width", "share"), [(32, 0.3), (0, 0.6)])
+def test_of_networks_equally_fast_the_one_that_loses_least_is_taken(
+    width: int, share: float
+) -> None:
+    """Clocks with a few steps: what lies on the last fast one is searched for, from both sides."""
+    work = stairs(width or 1)
+    most = work(net(), X)
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        if isinstance(module, OneCall):
+            return 1.0
+        took = float(work(module, inputs))
+        return took if width else (1.0 if took > 0.45 * most else 0.2)
+
+    model = net()
+    groups = cpd.comb(model, X)
+    scores = random_scores(groups, 0)
+    plan = cpd.choose(groups, scores, {"latency": share}, measure=clock)
+    real = plan.costs["latency_ms"][1]
+    macs = plan.widths and cpd.costs.macs(cpd.cut(model, plan), X)
+    assert real <= share * plan.costs["latency_ms"][0]
+    more = {"macs": min(1.15 * macs / cpd.costs.macs(model, X), 1.0)}
+    wider = cpd.choose(groups, scores, more)
+    assert clock(cpd.cut(model, wider), X) > real
+
+
+def test_budgets_that_a_second_order_cannot_meet_are_not_broken() -> None:
+    """A function that gives another order each time: the first one meets what is asked."""
+    work, calls = stairs(1), []
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        return 1.0 if isinstance(module, OneCall) else float(work(module, inputs))
+
+    def own(found: Any) -> Any:
+        calls.append(found)
+        order = np.random.default_rng(len(calls)).permutation(len(found))
+        return order if len(calls) < 2 else order[: len(order) // 10]
+
+    groups = cpd.comb(net(), X)
+    target = {"latency": 0.9, "params": 0.5}
+    plan = cpd.choose(groups, random_scores(groups, 0), target, strategy=own, measure=clock)
+    assert len(calls) > 1
+    assert plan.costs["params"][1] <= 0.5 * plan.costs["params"][0]
+
+
+@pytest.mark.parametrize("target", ["latency_ms=20000", "latency_ms=1e9"])
+def test_a_latency_that_asks_for_nothing(target: str) -> None:
+    groups = cpd.comb(net(), X)
+    assert not cpd.choose(groups, random_scores(groups, 0), target, measure=stairs(1)).masks()
+
+
 def test_along_an_order_the_other_budgets_hold() -> None:
     """One that asks for less than the time does decides, and what it leaves is not cut further."""
     work = stairs(1)

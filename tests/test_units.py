@@ -85,7 +85,7 @@ def test_tied_rows_of_one_channel_go_whole_but_for_one() -> None:
     channels.unite(channels.columns(ids), norm)
     channels.freeze_inner(ids, "why")
     units = solve(channels)
-    assert kinds(units.families) == [("channels", 1, 3)]
+    assert kinds(units.families) == [("heads", 1, 3)]
     assert not np.isin(units.label[norm], units.closure([units.label[heads[1]]])).any()
     assert any(set(units.label[heads]) == set(some) for some in units.nonempty)
 

@@ -72,7 +72,7 @@ def needed(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that something comes of: an output, a write in place, or what is no tensor
     (a check, a number that a size is made of).
     """
-    left = [n for n in graph.nodes if n.op == "output" or writes(n) or not _shows(n)]
+    left = [n for n in graph.nodes if n.op == "output" or writes(n) or not _has_tensor(n)]
     found = set(left)
     while left:
         new = [x for x in left.pop().all_input_nodes if x not in found]
@@ -81,7 +81,7 @@ def needed(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _shows(node: fx.Node) -> bool:
+def _has_tensor(node: fx.Node) -> bool:
     """Say whether a node's value is a tensor, or has one in it."""
     value = node.meta.get("val")
     items = value if isinstance(value, list | tuple) else [value]

@@ -6,7 +6,7 @@ NumPy only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -268,9 +268,7 @@ class _Solver:
         taken = np.empty(0, np.int64)
         whole = all((bound.items == bound.items[:, :1]).all() for bound in bounds)
         if whole and not (tied and self._columns_elsewhere(bounds)):
-            # every row is one channel: its blocks are the units; the column needs one of them
-            self.nonempty += [np.unique(x.rows) for x in bounds if x.columns is not None]
-            return None, taken
+            return self._rows_whole(bounds)  # every row is one channel
         bound_ids = [ids.ravel() for pair in tied for ids in pair]
         clusters: dict[bytes, Ids] = {}
         columns, relations = columns_of(tied), []
@@ -289,11 +287,22 @@ class _Solver:
         if parts is None:
             self._hold(taken, Reason("bound to rows of other widths", bounds[-1].place))
             return None, taken
+        if len(parts[0]) == 1:
+            return self._rows_whole(bounds)  # rows of one channel keep others in step with them
         free = tuple(part[self.frozen[part] < 0] for part in parts)
         of_blocks = any(self.blocks[part].any() for part in parts)
         kinds = KINDS.get(_kind(bounds[0].place.op), ("heads", "head dims"))
         family = Family(kinds[0 if of_blocks and not tied else 1], free, len(parts[0]))
         return (family if family.size else None), taken
+
+    def _rows_whole(self, bounds: list[_Bound]) -> tuple[None, Ids]:
+        """Leave the blocks of rows as units. A tied column needs one of them, unless it is a row
+        elsewhere, and goes as that.
+        """
+        for bound in bounds:
+            if bound.columns is not None and not self.blocks[bound.columns].any():
+                self.nonempty.append(np.unique(bound.rows))
+        return None, np.empty(0, np.int64)
 
     def _units_of_others(self, bounds: list[_Bound]) -> bool:
         """Say whether tied columns are items of another fold."""
@@ -322,13 +331,20 @@ class _Solver:
             blocks = np.unique(bound.rows)
             blocks = blocks[~bound_items[blocks]]
             free = blocks[self.frozen[blocks] < 0]
-            other = families.get(free.tobytes())  # the same rows, beside others that stay
-            if len(blocks) > 1 and len(free) and (other is None or len(blocks) < other.width):
-                kind = KINDS.get(_kind(bound.place.op), ("heads", "head dims"))[0]
-                if np.isin(blocks, bound.items).all():
-                    kind = "channels"  # the rows are one channel each
-                families[free.tobytes()] = Family(kind, (free,), len(blocks))
+            if len(blocks) < 2 or not len(free):
+                continue
+            found = Family(_kind_of_rows(bound, blocks), (free,), len(blocks))
+            other = families.get(free.tobytes(), found)  # the same rows, beside others that stay
+            named = min(other, found, key=lambda one: (one.kind == "channels", one.width))
+            families[free.tobytes()] = replace(named, width=min(other.width, found.width))
         return list(families.values())
+
+
+def _kind_of_rows(bound: _Bound, blocks: Ids) -> str:
+    """Return what whole rows are called; untied ones of one channel each are channels."""
+    if bound.columns is None and np.isin(blocks, bound.items).all():
+        return "channels"
+    return KINDS.get(_kind(bound.place.op), ("heads", "head dims"))[0]
 
 
 def _kind(op: str) -> str:

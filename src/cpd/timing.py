@@ -5,8 +5,8 @@ the predicted limit is moved by the ratio until the real one is met within `WITH
 between the nearest limits that were too high and too low, where the ratio leads out of these.
 
 Near the least that calls take by themselves the table is flat: limits that hardly differ choose
-networks far apart. Where none comes near, the search goes on along the order of the fastest: what
-its runs leave is nested, the longer the run the faster, so one between them is near.
+networks far apart. Where none comes near, the search goes on along the order of one that was fast
+enough: the more of it go the faster, so between too slow and fast enough one is near.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ NAMES = ("latency", "latency_ms")
 
 @dataclass(frozen=True)
 class Timed:
-    """What was chosen: the candidates that go, what the cut network takes, and what was asked."""
+    """What was chosen: the candidates that go, what the cut network takes, what was asked, and the
+    importance that is lost.
+    """
 
     gone: list[int]
     met: bool
     real: float
     target: float
+    lost: float
     rounds: int
 
     @property
@@ -47,9 +50,12 @@ class Timed:
         return self.real / self.target
 
     @property
-    def rank(self) -> tuple[bool, bool, float]:
-        """Smaller is better: near the target, below it, nearest."""
-        return abs(self.ratio - 1) > WITHIN, self.ratio > 1, abs(self.ratio - 1)
+    def rank(self) -> tuple[bool, bool, int, float, float]:
+        """Smaller is better: near the target, below it, nearest by steps of `WITHIN`; of those the
+        one that loses least, as many may take the same.
+        """
+        off = abs(self.ratio - 1)
+        return off > WITHIN, self.ratio > 1, int(off / WITHIN), self.lost, off
 
     def __str__(self) -> str:
         word = "above" if self.ratio > 1 else "below"
@@ -73,12 +79,13 @@ def timed(found: Candidates, table: Table, ordered: Callable[[Candidates], Seque
 
     A network that seems near is measured once more, and the mean of both counts: of many noisy
     measurements the one that happens to fit would be taken otherwise. `found.allowed` is left with
-    the corrected limit.
+    the limit that the table would have needed.
     """
     search = _Search(found, table)
     best = search.by_limits(ordered)
     if best.met and abs(best.ratio - 1) > WITHIN:
-        best = min(best, search.along(ordered), key=lambda one: one.rank)
+        best = min([best, *search.along(ordered)], key=lambda one: one.rank)
+    search.limit(search.counted(best.gone) / max(best.ratio, 1e-9))
     table.measure.save()
     return replace(best, rounds=len(search.seen))
 
@@ -91,7 +98,7 @@ class _Search:
         self.place = next(k for k, budget in enumerate(found.allowed) if budget.name in NAMES)
         self.target = found.allowed[self.place].limit
         self.seen: dict[bytes, Timed] = {}
-        self.fast: tuple[float, Timed] | None = None  # the highest limit that was fast enough
+        self.fast: tuple[float, Timed] | None = None  # the last limit that was fast enough
 
     def by_limits(self, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:
         """Move the limit of the table; return the best."""
@@ -99,14 +106,14 @@ class _Search:
         limit = self.target
         best: Timed | None = None
         points = [(0.0, 0.0)]  # limits, and what the networks took
-        while high - low > NEAR * self.target:
+        while best is None or high - low > NEAR * self.target:
             gone, met = self._chosen(limit, ordered)
             known = len(self.seen)
             if known == ROUNDS and self._key(gone) not in self.seen:
                 break
             now = self.take(gone, met)
             if not met:
-                limit = max(limit, self._counted(gone))
+                limit = max(limit, self.counted(gone))
             best = now if best is None or now.rank < best.rank else best
             if not now.met or 1 - WITHIN <= now.ratio <= 1:
                 break
@@ -118,45 +125,44 @@ class _Search:
             points = [*points, (limit, now.real)]
             fresh = len(self.seen) > known
             limit = step if low < step < high and fresh else (low + high) / 2
-        assert best is not None
+        assert best is not None  # the first time is for sure
         return best
 
-    def along(self, ordered: Callable[[Candidates], Sequence[int]]) -> Timed:
-        """Measure what runs of one order leave, between one too slow and one fast enough; return
-        the best.
+    def along(self, ordered: Callable[[Candidates], Sequence[int]]) -> list[Timed]:
+        """Measure what the first candidates of one order leave, more or fewer of them, between too
+        slow and fast enough; return what was measured.
 
         Where to look next is told by the MACs: between two networks that are near each other time
-        is about a line of them.
+        is about a line of them. Where that leads to the same side twice, time has a step: halfway.
         """
         limit, fast = self.fast if self.fast is not None else (self.target, None)
-        self._limit(limit)
+        self.limit(limit)
         order = np.asarray(ordered(self.found), np.int64)
         others = [b for k, b in enumerate(self.found.allowed) if k != self.place]
-        least, _ = shortest(self.found, others, order)
-        slow = self.take(least, True) if least else None
+        least, met = shortest(self.found, others, order)
+        if not met:
+            return []
         low, high = _length(order, least), len(order)
+        slow = self.take(least, met).ratio if least else self.table.whole / self.target
         if fast is None:
-            fast = self.take(order.tolist(), True)
+            fast = self.take(order.tolist(), met)
         else:
             high = _length(order, fast.gone)
-        best = min((x for x in (slow, fast) if x is not None), key=lambda one: one.rank)
-        ratios = [slow.ratio if slow else self.table.whole / self.target, fast.ratio]
-        if ratios[0] <= 1 or ratios[1] > 1:
-            return best  # the other budgets decide, or no more can go
-        runs = _Runs(self.found, order)
-        for _ in range(ROUNDS):
-            if high - low <= 1 or abs(best.ratio - 1) <= WITHIN:
+        quick, rounds = fast.ratio, 0
+        prefixes, last = _Prefixes(self.found, order), 0
+        # the other budgets decide where slow is fast, and no more can go where fast is slow
+        while slow > 1 >= quick and high - low > 1 and rounds < ROUNDS:
+            share = (slow - AIM) / (slow - quick) if abs(last) < 2 else 0.5
+            at = prefixes.between(low, high, min(max(share, 0.1), 0.9))
+            now = self.take(order[:at].tolist(), met)
+            rounds += 1
+            if abs(now.ratio - 1) <= WITHIN:
                 break
-            share = (ratios[0] - AIM) / (ratios[0] - ratios[1])
-            at = runs.between(low, high, min(max(share, 0.1), 0.9))
-            now = self.take(order[:at].tolist(), True)
-            best = min(best, now, key=lambda one: one.rank)
             if now.ratio > 1:
-                low, ratios[0] = at, now.ratio
+                low, slow, last = at, now.ratio, max(last, 0) + 1
             else:
-                high, ratios[1] = at, now.ratio
-        self._limit(self._counted(best.gone))
-        return best
+                high, quick, last = at, now.ratio, min(last, 0) - 1
+        return [one for one in self.seen.values() if one.met]
 
     def take(self, gone: list[int], met: bool) -> Timed:
         """Return what the network takes without these candidates; `met`: all budgets hold by what
@@ -172,7 +178,8 @@ class _Search:
             real = (real + self._measured(small)) / 2
         # What the table takes for too slow may be fast enough, where the other budgets hold.
         met = met or (real <= self.target and _holds(self.found, alive, self.place))
-        self.seen[key] = Timed(gone, met, real, self.target, len(self.seen) + 1)
+        lost = self.found.lost(alive)
+        self.seen[key] = Timed(gone, met, real, self.target, lost, len(self.seen) + 1)
         return self.seen[key]
 
     def _measured(self, small: nn.Module) -> float:
@@ -185,15 +192,16 @@ class _Search:
     def _chosen(
         self, limit: float, ordered: Callable[[Candidates], Sequence[int]]
     ) -> tuple[list[int], bool]:
-        self._limit(limit)
+        self.limit(limit)
         return shortest(self.found, self.found.allowed, np.asarray(ordered(self.found), np.int64))
 
-    def _limit(self, limit: float) -> None:
+    def limit(self, limit: float) -> None:
+        """Change the limit of the table."""
         allowed = list(self.found.allowed)
         allowed[self.place] = replace(allowed[self.place], limit=limit)
         self.found.allowed = tuple(allowed)
 
-    def _counted(self, gone: Sequence[int]) -> float:
+    def counted(self, gone: Sequence[int]) -> float:
         """What the table says of the network without these candidates."""
         return self.table.count(self.found.without(gone)[self.found.groups.units.label])
 
@@ -201,8 +209,8 @@ class _Search:
         return self.found.without(gone).tobytes()
 
 
-class _Runs:
-    """What the runs of an order leave: the MACs of each, which fall with their length."""
+class _Prefixes:
+    """What the first candidates of an order leave: the MACs, fewer the more of them go."""
 
     def __init__(self, found: Candidates, order: Ids) -> None:
         self.found = found
@@ -210,7 +218,7 @@ class _Runs:
         self.macs = found.groups.counted("macs")
 
     def left(self, length: int) -> float:
-        """Return the MACs that the first candidates of the order leave."""
+        """Return the MACs without so many."""
         return self.macs.count((self.gone_at >= length)[self.found.groups.units.label])
 
     def between(self, low: int, high: int, share: float) -> int:
@@ -229,7 +237,7 @@ class _Runs:
 
 
 def _length(order: Ids, gone: Sequence[int]) -> int:
-    """Return how long a run of the order is that has all of these."""
+    """Return how many of an order have to go for all of these to be gone."""
     places = np.flatnonzero(np.isin(order, list(gone)))
     return int(places.max()) + 1 if len(places) else 0
 

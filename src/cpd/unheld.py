@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,22 +59,32 @@ def balance_shared(reader: Reader, sites: list[Site]) -> None:
 def _met_again(reader: Reader) -> set[int]:
     """Return the literals of one line of code that carry other channels in another call of its
     module: no attribute, and no forward that takes the module's place, holds two numbers there.
+
+    Several on one line are told apart by their order in the call. Where the channels overlap, one
+    number for both would keep all of them.
     """
     roots = reader.channels.labels()
-    met: dict[tuple[Any, ...], list[tuple[str, bytes, int]]] = {}
+    turns: Counter[tuple[Any, ...]] = Counter()
+    met: dict[tuple[Any, ...], dict[bytes, Ids]] = {}
+    sizes: dict[tuple[Any, ...], list[int]] = {}
     for step in reader.steps:
         for size in step.sizes:
             layer = size.labels.owned(size.axis)
-            if layer is not None and layer.ids.shape == (size.old,):
-                literal = (place_of(step.node), size.arg, size.index, size.old)
-                one = (_which_call(step.node), roots[layer.ids].tobytes(), id(size))
-                met.setdefault(literal, []).append(one)
-    several = (
-        same
-        for same in met.values()
-        if len({call for call, _, _ in same}) > 1 and len({ids for _, ids, _ in same}) > 1
-    )
-    return {number for same in several for _, _, number in same}
+            if layer is None or layer.ids.shape != (size.old,):
+                continue
+            literal = (place_of(step.node), size.arg, size.index, size.old)
+            here = (_which_call(step.node), *literal)
+            turns[here] += 1
+            ids = np.unique(roots[layer.ids])
+            met.setdefault((*literal, turns[here]), {})[ids.tobytes()] = ids
+            sizes.setdefault((*literal, turns[here]), []).append(id(size))
+    return {one for literal, found in met.items() if _apart(found) for one in sizes[literal]}
+
+
+def _apart(found: Mapping[bytes, Ids]) -> bool:
+    """Say whether these are several sets of channels without one in common."""
+    every = np.concatenate(list(found.values()))
+    return len(found) > 1 and len(np.unique(every)) == len(every)
 
 
 def _which_call(node: fx.Node) -> str:
