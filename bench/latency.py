@@ -23,7 +23,9 @@ WAYS = ("onnx", "eager")
 BATCH, SIDE = 8, 64
 
 
-def measure(network: str, way: str, share: float, runs: int) -> dict[str, Any]:
+def measure(
+    network: str, way: str, share: float, runs: int, multiple: int | str = "auto"
+) -> dict[str, Any]:
     """Cut a network to a share of its latency; return what was said and what a new clock says."""
     import timm
 
@@ -39,6 +41,7 @@ def measure(network: str, way: str, share: float, runs: int) -> dict[str, Any]:
         model,
         images,
         target={"latency": share},
+        multiple_of=multiple,
         measure={way: {"cache": None, "threads": 1, "runs": runs}},
         unreachable="closest",
         verify=False,
@@ -55,6 +58,7 @@ def measure(network: str, way: str, share: float, runs: int) -> dict[str, Any]:
         "said": after / before,
         "again": clock.share(small, model, (images,)),
         "macs": plan.costs["macs"][1] / plan.costs["macs"][0],
+        "multiple": plan.options["multiple_of"],
         "notes": [note for note in plan.notes if note.startswith("latency")],
         "seconds": seconds,
     }
@@ -71,15 +75,15 @@ def section(results: list[dict[str, Any]]) -> str:
         f"{SIDE}×{SIDE}, one thread. "
         f"Machine: {facts[0]}. Versions: {facts[1]}.",
         "",
-        "| network | by | whole, ms | asked | said by the plan | a new clock | off | MACs left "
-        "| measured | seconds | load |",
-        "|---|---|" + "---:|" * 9,
+        "| network | by | whole, ms | asked | multiple of | said by the plan | a new clock | off "
+        "| MACs left | measured | seconds | load |",
+        "|---|---|" + "---:|" * 10,
     ]
     for r in results:
         off = r["again"] / r["share"] - 1
         times = r["notes"][0].rpartition("end to end ")[2] if r["notes"] else "–"
-        cells = [r["network"], r["way"], f"{r['ms']:.2f}", f"{r['share']:.0%}", f"{r['said']:.1%}"]
-        cells += [f"{r['again']:.1%}", f"{off:+.1%}", f"{r['macs']:.1%}", times]
+        cells = [r["network"], r["way"], f"{r['ms']:.2f}", f"{r['share']:.0%}", str(r["multiple"])]
+        cells += [f"{r['said']:.1%}", f"{r['again']:.1%}", f"{off:+.1%}", f"{r['macs']:.1%}", times]
         cells += [f"{r['seconds']:.0f}", f"{r['load']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--share", type=float, default=0.6)
     parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--multiple", default="auto", help="multiple_of: auto, or a number")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "latency.json")
     parser.add_argument("--again", action="store_true", help="measure what is known as well")
     parser.add_argument("--write-docs", action="store_true", help="write it into docs/budgets.md")
@@ -114,7 +119,8 @@ def main() -> None:
                 results = [r for r in results if (r["network"], r["way"]) != (network, way)]
             if not any((r["network"], r["way"]) == (network, way) for r in results):
                 load = getloadavg()[0]
-                found = measure(network, way, options.share, options.runs)
+                multiple = options.multiple if options.multiple == "auto" else int(options.multiple)
+                found = measure(network, way, options.share, options.runs, multiple)
                 results.append(found | {"load": load})
                 print(json.dumps(results[-1]), flush=True)
                 options.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -69,7 +69,9 @@ class Timed:
         if self.ratio > 1:
             why = "no other choice that was tried is faster" if self.met else "no more can go"
         else:
-            why = "another budget decides, or the next unit saves much at once"
+            why = (
+                "another budget decides, or one unit changes much at once; multiple_of='auto' helps"
+            )
         return f"{text}; not within {WITHIN:.0%}: {why}"
 
 
