@@ -1,5 +1,5 @@
 # make test is what CI runs; every target sets up what it needs.
-.PHONY: setup test demo demo-seg study study-more paper-costs rules bench bench-accuracy bench-latency bench-large zoo fuzz fuzz-files kills slow lint format types layers clean
+.PHONY: setup test demo demo-seg study study-more paper-costs rules bench bench-accuracy bench-accuracy-more bench-latency bench-large zoo fuzz fuzz-files kills slow lint format types layers clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -11,9 +11,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 # The C library gives each large block back to the kernel and takes it anew. Where page faults are
 # slow, as in some virtual machines, that can take as long as the work; bench and bench-latency stay
 # as users have it.
-test slow zoo fuzz study study-more bench-accuracy: export MALLOC_MMAP_MAX_ := 0
-test slow zoo fuzz study study-more bench-accuracy: export MALLOC_TRIM_THRESHOLD_ := 8589934592
-test slow zoo fuzz study study-more bench-accuracy: export MALLOC_TOP_PAD_ := 67108864
+test slow zoo fuzz study study-more bench-accuracy bench-accuracy-more: export MALLOC_MMAP_MAX_ := 0
+test slow zoo fuzz study study-more bench-accuracy bench-accuracy-more: export MALLOC_TRIM_THRESHOLD_ := 8589934592
+test slow zoo fuzz study study-more bench-accuracy bench-accuracy-more: export MALLOC_TOP_PAD_ := 67108864
 
 setup: $(STAMP)
 
@@ -60,7 +60,7 @@ demo-seg: $(STAMP)
 	$(BIN)/python -m cpd.cli compress recipes/demo-seg.yaml --output out/demo-seg --overwrite true
 
 # The paper's questions at small scale, two runs at a time; stopped and started at will.
-STUDIES := table4 figure5 table3 digits-table4 digits-figure5 digits-table3
+STUDIES := table4 figure5 table3 upernet-table4 upernet-figure5 digits-table4 digits-figure5 digits-table3
 RUNS := $(foreach name,$(STUDIES),$(foreach seed,0 1 2,study-$(name)-$(seed)))
 
 study: $(STAMP)
@@ -78,6 +78,8 @@ study-%: $(STAMP)
 # They share networks and runs with those of the losses.
 $(foreach seed,0 1 2,$(eval study-figure5-$(seed): study-table4-$(seed)))
 $(foreach name,figure5 table3,$(foreach seed,0 1 2,$(eval study-digits-$(name)-$(seed): study-digits-table4-$(seed))))
+$(foreach name,table4 figure5,$(foreach seed,0 1 2,$(eval study-upernet-$(name)-$(seed): study-table3-$(seed))))
+$(foreach seed,0 1 2,$(eval study-upernet-figure5-$(seed): study-upernet-table4-$(seed)))
 
 # What the full-size tables cost before and after, with random weights.
 paper-costs: $(STAMP)
@@ -91,9 +93,12 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.loop
 	$(BIN)/python -m bench.collecting --write-docs
 
-# 1575 cells, two at a time; stopped at any time it goes on where it was.
+# Two cells at a time; stopped at any time it goes on where it was.
 bench-accuracy: $(STAMP)
 	PYTHONPATH=src $(BIN)/python -m bench.accuracy
+
+bench-accuracy-more: $(STAMP)
+	PYTHONPATH=src $(BIN)/python -m bench.accuracy --more
 
 bench-latency: $(STAMP)
 	PYTHONPATH=src $(BIN)/python -m bench.latency --write-docs

@@ -172,6 +172,7 @@ def test_what_the_user_keeps_stays() -> None:
     assert set(free.branches) == {"blocks.0:1", "blocks.1:1"} or len(free.branches) == 1
     ways: list[dict[str, Any]] = [
         {"limits": {"blocks.1:1": 0}},
+        {"limits": lambda each: 0 if each.name == "blocks.1:1" else None},
         {"keep": {"blocks.1:1": "all"}},
         {"keep": {"blocks.1.up": [0]}},
     ]

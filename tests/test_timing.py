@@ -378,7 +378,7 @@ def test_real_clocks_tick(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_eager_latency_on_a_gpu() -> None:
-    """A network on the GPU is measured there, and the target met there."""
+    """A network on the GPU is measured there."""
     model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 64))
     groups = cpd.comb(model, torch.randn(64, 64))
     found = measurer({"eager": {"device": "cuda", "runs": 20, "cache": None}})

@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="cells whose key matches")
     parser.add_argument("--again", metavar="PATTERN", help="forget the records that match, first")
+    parser.add_argument("--more", action="store_true", help="also what is beside the comparison")
     parser.add_argument("--page", action="store_true", help="only make the page")
     return parser.parse_args()
 
@@ -48,7 +49,8 @@ def main() -> None:
         found = records.without(found, options.again)
         records.write(RECORDS, cells, found)
     if not options.page:
-        wanted = [c for c in cells if c.key not in found and fnmatchcase(c.key, options.only)]
+        meant = (c for c in cells if (options.more or not c.more) and c.key not in found)
+        wanted = [c for c in meant if fnmatchcase(c.key, options.only)]
         try:
             _run(wanted, cells, found, options)
         except KeyboardInterrupt:

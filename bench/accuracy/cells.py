@@ -35,6 +35,7 @@ OPTIONS: dict[str, Any] = {
     "l1": {"magnitude": {"p": 1}},
     "taylor_abs": {"taylor": {"multivariable": False}},
 }
+FORMS = ("diagonal", "l1", "taylor_abs")  # of an importance that is there
 STRATEGIES = ("knapsack", "greedy", "uniform")
 RANKED = ("knapsack", "greedy")  # that may go by the isomorphic ranking too
 
@@ -79,6 +80,13 @@ class Cell:
     strategy: str = ""
     min_keep: float = 0.1
     repair: bool = False
+
+    @property
+    def more(self) -> bool:
+        """Whether it is beside the comparison: another form of an importance, ranking or floor."""
+        plain = self.tool != "cpd" or (self.ranking == "isomorphic" and self.min_keep == 0.1)
+        repaired = self.repair and self.importance != "fisher"
+        return self.importance in FORMS or "ranked" in self.strategy or repaired or not plain
 
     @property
     def key(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,7 +23,9 @@ HEAD = """\
 
 Made by `make bench-accuracy` (`python -m bench.accuracy`) of `docs/results.jsonl`; not written by
 hand. {done} of {all} cells have a record. A cell that has not been run is shown as "·"; (1) and
-(2) say that a mean has fewer than three seeds.
+(2) say that a mean has fewer than three seeds. {main} cells are the comparison: by their recorded
+seconds they take two workers {minutes:.0f} minutes. The others, other forms of an importance,
+rankings and floors, are those of `make bench-accuracy-more`.
 
 Test accuracy in per cent, mean ± standard deviation over seeds. **cut**: without any training.
 **recovered**: after {epochs} epochs on the task. **distilled**: after the same epochs on the task
@@ -54,11 +56,14 @@ def write_page(folder: Path, cells: Sequence[Cell], found: Records) -> None:
     """Write results.md and its plots."""
     plots = write_plots(folder / "results", found)
     done = sum(cell.key in found for cell in cells)
+    main = [cell for cell in cells if not cell.more]
     settings = "\n".join(f"- {name.replace('_', ' ')}: {_said(v)}" for name, v in SETTINGS.items())
     parts = [
         HEAD.format(
             done=done,
             all=len(cells),
+            main=len(main),
+            minutes=sum(found.get(cell.key, {}).get("seconds", 0.0) for cell in main) / 120,
             epochs=SETTINGS["recovery_epochs"],
             settings=settings,
             forms=", ".join(f"`{name}` is `{form}`" for name, form in OPTIONS.items()),
@@ -158,14 +163,14 @@ def _verdict(found: Records) -> list[str]:
     head = ["", *(f"{target:g} {stage}" for target in TARGETS for stage in STAGES)]
     rows = [[network, *map(_said_gap, _best_gaps(found, network))] for network in NETWORKS]
     lines += _table(head, rows)
-    lines.append(_behind(found))
+    lines += [_behind(found, _best_gaps), _worse_recovered(found)]
     lines.append(
         "**Without repair**, which Torch-Pruning does not have. Of both whichever way has the "
         "highest mean in that very column: of ours the four importances ranked, and fisher by "
         "knapsack.\n"
     )
     rows = [[network, *map(_said_gap, _bare_gaps(found, network))] for network in NETWORKS]
-    lines += [*_table(head, rows), *_from_scratch(found)]
+    lines += [*_table(head, rows), _behind(found, _bare_gaps), *_from_scratch(found)]
     lines.append(
         "**The same criterion.** Ours minus TP in points, mean over all networks and seeds that "
         "have both, with how often ours is not lower. TP's better one of local and isomorphic "
@@ -214,12 +219,12 @@ def _said_gap(values: Sequence[float]) -> str:
     return f"{100 * fmean(values):+.1f}{spread} ({len(values)})"
 
 
-def _behind(found: Records) -> str:
+def _behind(found: Records, gaps: Callable[[Records, str], list[list[float]]]) -> str:
     """Name what is not ahead of Torch-Pruning."""
     columns = [(target, stage) for target in TARGETS for stage in STAGES]
     behind: dict[bool, list[str]] = {False: [], True: []}
     for network in NETWORKS:
-        for (target, stage), gap in zip(columns, _best_gaps(found, network), strict=True):
+        for (target, stage), gap in zip(columns, gaps(found, network), strict=True):
             if gap and fmean(gap) < 0:
                 noise = max(1 / TESTED, stdev(gap) if len(gap) > 1 else 0.0)
                 text = f"{network} at {target:g} {stage} {_said_gap(gap)}"
@@ -229,6 +234,20 @@ def _behind(found: Records) -> str:
         f"Ours is behind by more than noise: {far}. Behind within noise: {near}. Noise is one "
         f"standard deviation over seeds, and at least one of the {TESTED} test images, "
         f"{100 / TESTED:.2f} points.\n"
+    )
+
+
+def _worse_recovered(found: Records) -> str:
+    """Name where ours has less after recovery than before any training."""
+    texts = []
+    for network in NETWORKS:
+        for target in TARGETS:
+            means = [mean(found, _best(network, target), stage) for stage in STAGES[:2]]
+            if all(one.seeds for one in means) and means[0].value > means[1].value:
+                texts.append(f"{network} at {target:g} ({means[0]} as cut, {means[1]} recovered)")
+    return (
+        "Recovery lowers what the repaired network has as cut, and so its lead: "
+        f"{'; '.join(texts) or 'nowhere'}.\n"
     )
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._numbers import is_number
+from .branches import Branch
 from .errors import InputError, UnknownName
 from .groups import CouplingGroup, Groups
 
-Limits = Mapping[str, float] | Callable[[CouplingGroup], "float | None"]
+Limits = Mapping[str, float] | Callable[[CouplingGroup | Branch], "float | None"]
 Keep = Mapping[str, "Sequence[int] | str"]
 
 
@@ -25,13 +26,15 @@ def limits_of(groups: Groups, limits: Limits | None) -> dict[str, float]:
     """Return group name -> largest share of its units that may go, of those that have a limit.
 
     A pattern stands for the groups that it names; where it names none, for those whose channels a
-    module or tensor of that name makes. Where several match, the lowest holds.
+    module or tensor of that name makes. Where several match, the lowest holds. A function is asked
+    for every group and, combed with `depth=True`, for every branch.
 
     Raises `InputError` for patterns that match nothing and for shares outside 0 to 1.
     """
     found: dict[str, float] = {}
     if callable(limits):
-        given = [(group.name, limits(group), [group.name]) for group in groups]
+        everyone = [*groups, *groups.branches]
+        given = [(each.name, limits(each), [each.name]) for each in everyone]
         pairs = [(name, share, names) for name, share, names in given if share is not None]
     elif not isinstance(limits or {}, Mapping):
         raise InputError(f"limits are a mapping of names to shares or a function, got {limits!r}")

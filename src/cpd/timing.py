@@ -25,6 +25,7 @@ from .planning import shaped
 from .table import Table, whole_inputs
 
 WITHIN = 0.03
+ENOUGH = 0.02  # of the target: nearer ones are looked for, as another measurement may differ
 ROUNDS = 8  # networks that are measured by limits, and again along an order, at most
 NEAR = 1e-3  # limits nearer to each other than this share of the target choose the same
 AIM = 1 - WITHIN / 3  # a little below the target, where it was above
@@ -117,7 +118,7 @@ class _Search:
             if not met:
                 limit = max(limit, self.counted(gone))
             best = now if best is None or now.rank < best.rank else best
-            if not now.met or 1 - WITHIN <= now.ratio <= 1:
+            if not now.met or 1 - ENOUGH <= now.ratio <= 1:
                 break
             if now.ratio > 1:
                 high = min(high, limit)
@@ -158,7 +159,7 @@ class _Search:
             at = prefixes.between(low, high, min(max(share, 0.1), 0.9))
             now = self.take(order[:at].tolist(), met)
             rounds += 1
-            if abs(now.ratio - 1) <= WITHIN:
+            if abs(now.ratio - 1) <= ENOUGH:
                 break
             if now.ratio > 1:
                 low, slow, last = at, now.ratio, max(last, 0) + 1
