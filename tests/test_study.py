@@ -439,6 +439,7 @@ def test_there_is_a_study_for_every_table_and_figure() -> None:
         *("paper/figure5", "paper/table1", "paper/table2", "paper/table3", "paper/table4"),
         *("study/digits-figure5", "study/digits-table3", "study/digits-table4"),
         *("study/figure5", "study/table3", "study/table4-more", "study/table4"),
+        *("study/upernet-figure5", "study/upernet-table4"),
     ]
 
 
