@@ -58,6 +58,7 @@ def measure(
         "said": after / before,
         "again": clock.share(small, model, (images,)),
         "macs": plan.costs["macs"][1] / plan.costs["macs"][0],
+        "asked": str(multiple),
         "multiple": plan.options["multiple_of"],
         "notes": [note for note in plan.notes if note.startswith("latency")],
         "seconds": seconds,
@@ -113,13 +114,14 @@ def main() -> None:
     torch.set_num_threads(1)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.output.read_text()) if options.output.exists() else []
+    multiple = options.multiple if options.multiple == "auto" else int(options.multiple)
+    results = [r for r in results if r.get("asked") == str(multiple)]  # one page, one way to ask
     for network in options.networks:
         for way in options.ways:
             if options.again:
                 results = [r for r in results if (r["network"], r["way"]) != (network, way)]
             if not any((r["network"], r["way"]) == (network, way) for r in results):
                 load = getloadavg()[0]
-                multiple = options.multiple if options.multiple == "auto" else int(options.multiple)
                 found = measure(network, way, options.share, options.runs, multiple)
                 results.append(found | {"load": load})
                 print(json.dumps(results[-1]), flush=True)

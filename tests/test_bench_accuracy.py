@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("torch_pruning")
 
 from bench.accuracy import records, work
-from bench.accuracy.cells import SEEDS, SETTINGS, TARGETS, Cell, grid, mark
+from bench.accuracy.cells import FORMS, MAIN, SEEDS, SETTINGS, SHELF, TARGETS, Cell, grid, mark
 from bench.accuracy.networks import INPUTS, NETWORKS
 from bench.accuracy.page import write_page
 from bench.accuracy.summary import mean
@@ -27,6 +27,17 @@ def test_no_cell_is_twice_in_the_grid_and_seed_0_comes_first() -> None:
     assert seeds == sorted(seeds)
     assert set(seeds) == set(SEEDS)
     assert {cell.target for cell in cells if cell.tool != "base"} == set(TARGETS)
+
+
+def test_the_comparison_has_every_importance_with_every_seed_and_target() -> None:
+    """What `--more` adds are other forms, rankings and floors; nothing of Torch-Pruning's."""
+    main = [cell for cell in grid() if not cell.more]
+    wanted = {(n, s, t) for n in NETWORKS for s in SEEDS for t in TARGETS}
+    for name in {*MAIN, *SHELF} - {*FORMS}:
+        assert {(c.network, c.seed, c.target) for c in main if c.importance == name} >= wanted
+    others = [cell for cell in grid() if cell.more]
+    assert {cell.tool for cell in others} == {"cpd"}
+    assert {cell.importance for cell in others} == {*FORMS, "fisher", "magnitude"}
 
 
 def test_other_settings_are_other_cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
